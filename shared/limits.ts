@@ -43,6 +43,14 @@ export const LIMITS = {
   /** Shards in flight of one transfer. */
   maxShardsInFlight: 2,
 
+  // ── Checkpoints ──────────────────────────────────────────────────────────────────────────────
+  /** `config.json` and its small neighbours; travels inside a control message. */
+  maxConfigBytes: 128 * KiB,
+  /** `tokenizer.json` (Llama 3's has 9 MiB), the chat template, the index of shards. */
+  maxTokenizerBytes: 128 * MiB,
+  /** The JSON header of a safetensors file; the format's own bound is 100 MB. */
+  maxSafetensorsHeaderBytes: 100e6,
+
   // ── API ──────────────────────────────────────────────────────────────────────────────────────
   maxBodyBytes: 4 * MiB,
   maxStopStrings: 4,
