@@ -1,0 +1,75 @@
+/**
+ * What a linear layer looks like from outside: a matrix on the GPU, and the kernels bound to it.
+ *
+ * @module
+ */
+import type { CodeGemmFormat } from "../../shared/model_config.ts";
+import type { NumericsProfile } from "../../shared/protocol.ts";
+import type { Gpu } from "../gpu.ts";
+import type { LinearStore, RowRange, RowsView, StepShape } from "../kernel.ts";
+
+/** `[N, K]`: outputs, inputs. */
+export type MatrixShape = readonly [n: number, k: number];
+
+/** Rows `[start, start + n)` of a matrix, small enough for one storage binding. */
+export interface MatrixBlock {
+  start: number;
+  n: number;
+  /** Dense: the float16 weights. CodeGEMM: the code words. Tiled as `layout.ts` says. */
+  weights: GPUBuffer;
+  /** CodeGEMM only: float16 scales, tiled. */
+  scales: GPUBuffer | null;
+}
+
+/** The weights of one linear layer, `y = W x`, on the GPU. */
+export interface Matrix {
+  /** `model.layers.0.self_attn.q_proj`. */
+  readonly name: string;
+  readonly n: number;
+  readonly k: number;
+  /** Null for dense float16. */
+  readonly format: CodeGemmFormat | null;
+  readonly blocks: readonly MatrixBlock[];
+  /** CodeGEMM only: `(m, 256, v)` float16. */
+  readonly codebooks: GPUBuffer | null;
+  /** Bytes of GPU memory, padding included. */
+  readonly bytes: number;
+  destroy(): void;
+}
+
+/** What {@linkcode createLinear} needs. */
+export interface LinearOptions {
+  gpu: Gpu;
+  /** For messages and GPU captures. */
+  label: string;
+  matrix: Matrix;
+  /** The step's uniform (`STEP_WGSL`). */
+  step: GPUBuffer;
+  /** float16, `K` elements a row. Rows that the step does not name may hold anything. */
+  input: RowsView;
+  /** float32, `N` elements a row; another buffer than the input's and the scratch. */
+  output: RowsView;
+  store: LinearStore;
+  /** No range of a step has more rows. */
+  maxRows: number;
+  /**
+   * Storage for partial sums, at least `linearScratchBytes(...)` of this matrix; one buffer may serve
+   * all linear layers of a stage, because dispatches of a pass run in order.
+   */
+  scratch: GPUBuffer;
+  /** The ranges that `encode` will be called with. */
+  ranges: readonly RowRange[];
+  profile: NumericsProfile;
+}
+
+/** A linear layer bound to its buffers. */
+export interface Linear {
+  readonly label: string;
+  /**
+   * Adds the dispatches for a range's rows to the pass: decode rows `[0, decodeRows)`, prefill rows
+   * `[decodeRows, rows)`, outputs `[0, outputs)` of the input and output views. None when it is empty.
+   */
+  encode(pass: GPUComputePassEncoder, shape: StepShape, range: RowRange): void;
+  /** Frees its small uniform buffer; the matrix stays. */
+  destroy(): void;
+}
