@@ -1,0 +1,134 @@
+/**
+ * Paged grouped-query attention over the KV cache, for decode rows and for prefill rows.
+ *
+ * @module
+ */
+import type { Gpu } from "../gpu.ts";
+import type { Kernel } from "../kernel.ts";
+import {
+  decodeJoinWgsl,
+  decodeSplitWgsl,
+  headTile,
+  prefillWgsl,
+  SPLIT_TOKENS,
+} from "./attention_wgsl.ts";
+import { Dispatch } from "./dispatch.ts";
+import type { StepInputs, TransformerShape } from "./inputs.ts";
+import type { HeadShape } from "./kv_layout.ts";
+
+/** What attention reads and writes. */
+export interface AttentionOptions {
+  gpu: Gpu;
+  inputs: StepInputs;
+  shape: HeadShape;
+  /** float32, `(rows, (heads + 2 kvHeads) headDim)`: the queries stand first, turned by RoPE. */
+  qkv: GPUBuffer;
+  /** The layer's pages, as `kv_layout.ts` says. */
+  keys: GPUBuffer;
+  values: GPUBuffer;
+  /** float16, `(rows, heads * headDim)`. */
+  attended: GPUBuffer;
+}
+
+/** Scratch bytes that decode attention aims to stay under; one row's partials are the least. */
+const SCRATCH_BYTES = 32 * 2 ** 20;
+
+/** How decode rows are cut into batches that share one scratch buffer. */
+export interface DecodeScratch {
+  /** float32 partial results of {@linkcode batchRows} rows. */
+  partials: GPUBuffer;
+  batchRows: number;
+  /** Splits of the longest context. */
+  splits: number;
+  /** Per batch: its first row and {@linkcode splits}. */
+  batches: GPUBuffer[];
+}
+
+/** Bytes of a {@linkcode DecodeScratch}'s partials, and its rows. */
+export function decodeScratchSize(
+  shape: HeadShape,
+  limits: { maxRows: number; contextTokens: number },
+): { bytes: number; batchRows: number; splits: number } {
+  const splits = Math.ceil(limits.contextTokens / SPLIT_TOKENS);
+  const bytesPerRow = shape.heads * splits * (4 + shape.paddedDim) * 4;
+  const fit = Math.max(1, Math.floor(SCRATCH_BYTES / bytesPerRow));
+  const batchRows = Math.min(limits.maxRows, fit);
+  return { bytes: batchRows * bytesPerRow, batchRows, splits };
+}
+
+/** Allocates the scratch that the decode attention of every layer of a stage shares. */
+export function createDecodeScratch(
+  gpu: Gpu,
+  shape: HeadShape,
+  limits: { maxRows: number; contextTokens: number },
+): DecodeScratch {
+  const { bytes, batchRows, splits } = decodeScratchSize(shape, limits);
+  const batches: GPUBuffer[] = [];
+  for (let first = 0; first < limits.maxRows; first += batchRows) {
+    const usage = GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST;
+    const batch = gpu.buffer("attention batch", 16, usage);
+    gpu.write(batch, 0, Uint32Array.of(first, splits));
+    batches.push(batch);
+  }
+  return { partials: gpu.storage("attention partials", bytes), batchRows, splits, batches };
+}
+
+/** Frees a scratch; idempotent. */
+export function destroyDecodeScratch(scratch: DecodeScratch): void {
+  scratch.partials.destroy();
+  scratch.batches.forEach((batch) => batch.destroy());
+}
+
+/** Attention of the step's decode rows. */
+export async function createDecodeAttention(
+  options: AttentionOptions & { scratch: DecodeScratch },
+): Promise<Kernel> {
+  const { gpu, inputs, shape, qkv, keys, values, attended, scratch } = options;
+  const headTiles = shape.kvHeads * Math.ceil(shape.group / headTile(shape));
+  const kernels: Kernel[] = [];
+  for (const [index, batch] of scratch.batches.entries()) {
+    const rowsOf = (decodeRows: number) =>
+      Math.max(0, Math.min(scratch.batchRows, decodeRows - index * scratch.batchRows));
+    kernels.push(
+      await Dispatch.create({
+        gpu,
+        label: "decode attention, splits",
+        code: decodeSplitWgsl(shape),
+        bindings: [batch, inputs.rows, inputs.pageTables, qkv, keys, values, scratch.partials],
+        workgroups: (step) => [
+          Math.ceil(step.contextTokens / SPLIT_TOKENS),
+          headTiles,
+          rowsOf(step.decodeRows),
+        ],
+      }),
+      await Dispatch.create({
+        gpu,
+        label: "decode attention, join",
+        code: decodeJoinWgsl(shape),
+        bindings: [batch, inputs.rows, scratch.partials, attended],
+        workgroups: (step) => [
+          Math.ceil(shape.heads * shape.paddedDim / 4 / 64),
+          rowsOf(step.decodeRows),
+        ],
+      }),
+    );
+  }
+  return {
+    label: "decode attention",
+    encode: (pass, step) => kernels.forEach((kernel) => kernel.encode(pass, step)),
+  };
+}
+
+/** Attention of the step's prefill rows, tile by tile. */
+export function createPrefillAttention(
+  options: AttentionOptions,
+): Promise<Dispatch<TransformerShape>> {
+  const { gpu, inputs, shape, qkv, keys, values, attended } = options;
+  return Dispatch.create<TransformerShape>({
+    gpu,
+    label: "prefill attention",
+    code: prefillWgsl(shape),
+    bindings: [inputs.tiles, inputs.rows, inputs.pageTables, qkv, keys, values, attended],
+    workgroups: (step) => [step.prefillTiles, shape.heads],
+  });
+}

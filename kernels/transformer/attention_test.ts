@@ -1,0 +1,222 @@
+import { assert, assertAlmostEquals, assertEquals } from "@std/assert";
+import type { StepBatch } from "../../shared/frames.ts";
+import { gaussian, randomInt, seededRandom } from "../../shared/random.ts";
+import { Gpu } from "../gpu.ts";
+import { createDecodeAttention, createDecodeScratch, createPrefillAttention } from "./attention.ts";
+import { tileRows } from "./attention_wgsl.ts";
+import type { StepInputs } from "./inputs.ts";
+import { type HeadShape, headShape, kvPageBytes } from "./kv_layout.ts";
+import { attentionReference, ropeReference, roundF16 } from "./reference.ts";
+import { ropeAngles, ropeFrequencies } from "./rope_angles.ts";
+import { createRope } from "./rowwise.ts";
+import { StepBuffers } from "./step_buffers.ts";
+
+const LIMITS = { maxRows: 40, maxSequences: 4, maxOutputs: 4, pages: 64, contextTokens: 700 };
+const ROPE = { theta: 10_000, scaling: null };
+
+/** Queries, keys and values of every position of a few sequences. */
+class Rig {
+  readonly shape: HeadShape;
+  readonly width: number;
+  readonly #positions = new Map<string, Float32Array>();
+
+  constructor(heads: number, kvHeads: number, headDim: number, readonly seed: number) {
+    this.shape = headShape({ heads, kvHeads, headDim });
+    this.width = (heads + 2 * kvHeads) * headDim;
+  }
+
+  /** A sequence's q|k|v at one position: the same whenever it is asked for. */
+  qkv(sequence: number, position: number): Float32Array {
+    const key = `${sequence}/${position}`;
+    let row = this.#positions.get(key);
+    if (!row) {
+      const random = seededRandom(this.seed + sequence * 10_007 + position);
+      row = Float32Array.from({ length: this.width }, () => gaussian(random));
+      this.#positions.set(key, row);
+    }
+    return row;
+  }
+
+  head(sequence: number, position: number, head: number): Float32Array {
+    const { headDim } = this.shape;
+    return this.qkv(sequence, position).subarray(head * headDim, (head + 1) * headDim);
+  }
+
+  /** What a row attends to, by plain loops. */
+  expected(sequence: number, position: number): number[] {
+    const { heads, kvHeads, group, headDim } = this.shape;
+    const frequencies = ropeFrequencies({ headDim, ...ROPE });
+    const out: number[] = [];
+    for (let head = 0; head < heads; head++) {
+      const kvHead = Math.floor(head / group);
+      const keys = [], values = [];
+      for (let p = 0; p <= position; p++) {
+        const key = ropeReference(this.head(sequence, p, heads + kvHead), p, frequencies);
+        keys.push(Array.from(key, roundF16));
+        values.push(Array.from(this.head(sequence, p, heads + kvHeads + kvHead), roundF16));
+      }
+      const query = ropeReference(this.head(sequence, position, head), position, frequencies);
+      out.push(...attentionReference(query, keys, values));
+    }
+    return out;
+  }
+}
+
+/** The kernels of one attention layer over a cache. */
+async function createLayer(gpu: Gpu, rig: Rig) {
+  const { shape } = rig;
+  const { headDim, heads } = shape;
+  const inputs = new StepBuffers(gpu, LIMITS, tileRows(shape));
+  const qkv = gpu.storage("qkv", LIMITS.maxRows * rig.width * 4);
+  const keys = gpu.storage("keys", LIMITS.pages * kvPageBytes(shape));
+  const values = gpu.storage("values", LIMITS.pages * kvPageBytes(shape));
+  const attended = gpu.storage("attended", LIMITS.maxRows * heads * headDim * 2);
+  const angles = gpu.upload("angles", ropeAngles({ headDim, ...ROPE }, LIMITS.contextTokens));
+  const options = { gpu, inputs: inputs as StepInputs, shape, qkv, keys, values };
+  const scratch = createDecodeScratch(gpu, shape, LIMITS);
+  const rope = await createRope({ ...options, angles });
+  const decode = await createDecodeAttention({ ...options, attended, scratch });
+  const prefill = await createPrefillAttention({ ...options, attended });
+  /** float16 bits `(rows, heads * headDim)`. */
+  return async (batch: StepBatch): Promise<Uint16Array> => {
+    const step = inputs.write(batch);
+    for (let row = 0; row < step.rows; row++) {
+      const data = rig.qkv(batch.rowSequence[row], batch.rowPosition[row]);
+      gpu.write(qkv, row * rig.width * 4, new Float32Array(data));
+    }
+    const encoder = gpu.device.createCommandEncoder();
+    const pass = encoder.beginComputePass();
+    rope.encode(pass, step);
+    decode.encode(pass, step);
+    prefill.encode(pass, step);
+    pass.end();
+    gpu.device.queue.submit([encoder.finish()]);
+    return new Uint16Array(await gpu.read(attended, step.rows * heads * headDim * 2));
+  };
+}
+
+/** Pages of sequence s, in no order: a shuffle of all pages dealt out evenly. */
+function dealPages(sequences: number, seed: number): { pages: Uint32Array }[] {
+  const random = seededRandom(seed);
+  const all = [...Array(LIMITS.pages).keys()];
+  for (let i = all.length - 1; i > 0; i--) {
+    const j = randomInt(random, i + 1);
+    [all[i], all[j]] = [all[j], all[i]];
+  }
+  const each = Math.floor(LIMITS.pages / sequences);
+  return Array.from({ length: sequences }, (_, s) => ({
+    pages: Uint32Array.from(all.slice(s * each, (s + 1) * each)),
+  }));
+}
+
+/** Rows as [sequence, position]; the first `decodeRows` are decode rows. */
+function batchOf(
+  sequences: { pages: Uint32Array }[],
+  rows: [number, number][],
+  decodeRows: number,
+): StepBatch {
+  return {
+    sequences,
+    rowSequence: Uint16Array.from(rows, ([sequence]) => sequence),
+    rowPosition: Uint32Array.from(rows, ([, position]) => position),
+    rowToken: new Uint32Array(rows.length),
+    decodeRows,
+    requests: [],
+  };
+}
+
+const span = (sequence: number, from: number, to: number): [number, number][] =>
+  Array.from({ length: to - from }, (_, i) => [sequence, from + i]);
+
+async function withGpu(test: (gpu: Gpu) => Promise<void>): Promise<void> {
+  const gpu = await Gpu.open({ software: true, limits: "default" });
+  try {
+    await test(gpu);
+  } finally {
+    gpu.close();
+  }
+}
+
+function assertClose(actual: Uint16Array, expected: number[], what: string): void {
+  const values = new Float16Array(actual.slice().buffer);
+  assertEquals(values.length, expected.length);
+  for (let i = 0; i < values.length; i++) {
+    assertAlmostEquals(values[i], expected[i], 1e-3 + Math.abs(expected[i]) * 1e-3, `${what} ${i}`);
+  }
+}
+
+const SHAPES: [heads: number, kvHeads: number, headDim: number][] = [
+  [2, 2, 8],
+  [6, 2, 64],
+  [4, 1, 40],
+  [3, 3, 10],
+  [5, 1, 80],
+  [2, 1, 96],
+  [12, 1, 128],
+  [2, 2, 256],
+];
+
+for (const [heads, kvHeads, headDim] of SHAPES) {
+  const name = `${heads} heads on ${kvHeads} KV heads of ${headDim}`;
+  Deno.test(`attention of decode and prefill rows agrees with the reference: ${name}`, () =>
+    withGpu(async (gpu) => {
+      const rig = new Rig(heads, kvHeads, headDim, 99);
+      const run = await createLayer(gpu, rig);
+      const sequences = dealPages(2, 5);
+      const first = await run(batchOf(sequences, [...span(0, 0, 35), ...span(1, 0, 3)], 0));
+      const mixed: [number, number][] = [[0, 35], [0, 36], [1, 3], ...span(1, 4, 25)];
+      const second = await run(batchOf(sequences, mixed, 3));
+      const width = heads * headDim;
+      const row = (bits: Uint16Array, r: number) => bits.subarray(r * width, (r + 1) * width);
+      assertClose(row(first, 0), rig.expected(0, 0), "prefill 0/0");
+      assertClose(row(first, 34), rig.expected(0, 34), "prefill 0/34");
+      assertClose(row(first, 37), rig.expected(1, 2), "prefill 1/2");
+      assertClose(row(second, 1), rig.expected(0, 36), "decode 0/36");
+      assertClose(row(second, 2), rig.expected(1, 3), "decode 1/3");
+      assertClose(row(second, 23), rig.expected(1, 24), "prefill 1/24");
+    }));
+}
+
+Deno.test("attention over several splits of the context agrees with the reference", () =>
+  withGpu(async (gpu) => {
+    const rig = new Rig(4, 2, 16, 7);
+    const run = await createLayer(gpu, rig);
+    const sequences = dealPages(2, 8);
+    const last = 600;
+    let prefilled = new Uint16Array();
+    for (let at = 0; at < last; at += 40) {
+      prefilled = new Uint16Array(await run(batchOf(sequences, span(0, at, at + 40), 0)));
+    }
+    assertClose(prefilled.subarray(39 * 64), rig.expected(0, last - 1), "prefill");
+    const decoded = await run(batchOf(sequences, [[0, last], [1, 0]], 2));
+    assertClose(decoded.subarray(0, 64), rig.expected(0, last), "decode");
+    assertClose(decoded.subarray(64), rig.expected(1, 0), "decode of a first position");
+  }));
+
+Deno.test("a row's bits do not depend on chunking, batch mates or pages", () =>
+  withGpu(async (gpu) => {
+    const rig = new Rig(6, 2, 40, 31);
+    const width = 6 * 40;
+    const run = await createLayer(gpu, rig);
+
+    /** Prefills 90 positions of sequence 0 in chunks, beside `mates` rows of sequence 1; then decodes two. */
+    const stream = async (chunk: number, mates: number, pages: number) => {
+      const sequences = dealPages(3, pages);
+      const bits: Uint16Array[] = [];
+      for (let at = 0; at < 90; at += chunk) {
+        const rows = span(0, at, Math.min(90, at + chunk));
+        const out = await run(batchOf(sequences, [...span(1, 0, mates), ...rows], 0));
+        bits.push(out.slice(mates * width));
+      }
+      const decode: [number, number][] = mates > 0 ? [[1, mates], [0, 90], [0, 91]] : [[0, 90]];
+      const out = await run(batchOf(sequences, [...decode, ...span(2, 0, mates)], decode.length));
+      bits.push(out.slice((mates > 0 ? 1 : 0) * width, (mates > 0 ? 2 : 1) * width));
+      return bits.flatMap((chunk) => [...chunk]);
+    };
+    const alone = await stream(40, 0, 1);
+    assertEquals(alone.length, 91 * width);
+    assert(new Set(alone).size > 1000);
+    assertEquals(await stream(1, 0, 2), alone);
+    assertEquals(await stream(7, 2, 3), alone);
+    assertEquals(await stream(32, 5, 4), alone);
+  }));
