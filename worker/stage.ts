@@ -227,6 +227,7 @@ class BusStage implements Stage {
 
   #report(report: WorkerReport): void {
     const { bus, subjects, worker } = this.#options;
+    if (bus.status === "closed") return;
     bus.publish(subjects.report(worker), encodeControl(report));
   }
 
