@@ -32,6 +32,8 @@ export const LIMITS = {
   maxBiasEntries: 300,
   /** Distinct tokens whose counts a row may carry for penalties. */
   maxCountEntries: 8192,
+  /** Tokens that bias and penalties may name in all rows of a step together. */
+  maxAdjustmentsPerStep: 131_072,
 
   // ── Frames and messages ──────────────────────────────────────────────────────────────────────
   /** A frame on the wire, and the `max_payload` the fleet expects of NATS. */
@@ -81,3 +83,7 @@ invariant(LIMITS.maxOutputsPerStep <= LIMITS.maxRowsPerStep, "every output belon
 invariant(LIMITS.maxSequencesPerStep <= LIMITS.maxRowsPerStep, "every sequence brings a row");
 invariant(LIMITS.deadAfterMs >= 3 * LIMITS.beatEveryMs, "one lost beat is not a death");
 invariant(LIMITS.maxControlBytes <= LIMITS.maxFrameBytes, "control messages fit a frame");
+invariant(
+  LIMITS.maxAdjustmentsPerStep * 8 >= LIMITS.maxFrameBytes,
+  "a frame of (token, value) pairs fits the sampler",
+);
