@@ -1,0 +1,343 @@
+/**
+ * A worker as the fleet sees it: it says hello and beats, takes assignments, fetches and loads what
+ * they name, serves, and tells how it goes. Bus, clock, parts and GPU are arguments, so the same code
+ * runs in a process of its own, in a test, or one day in a browser tab.
+ *
+ * Nothing here waits for the GPU: loading and steps go on elsewhere and come back as promises.
+ *
+ * @module
+ */
+import type { Bus, BusMessage, Subscription } from "../shared/bus.ts";
+import type { Clock, Timer } from "../shared/clock.ts";
+import { FleetError, toFleetError } from "../shared/errors.ts";
+import { LIMITS } from "../shared/limits.ts";
+import type { ModelConfig } from "../shared/model_config.ts";
+import {
+  type AssignStage,
+  type Beat,
+  type ControlReply,
+  ControlRequest,
+  decodeControl,
+  encodeControl,
+  type PartRef,
+  type Subjects,
+  type WorkerCard,
+  type WorkerReport,
+} from "../shared/protocol.ts";
+import { judgeAssignment } from "./assignment.ts";
+import { createStage, type DropCounts, type Stage, type StageRunner } from "./stage.ts";
+
+/** How far a part is. */
+export interface PartProgress {
+  part: string;
+  doneBytes: number;
+  totalBytes: number;
+  from: Extract<WorkerReport, { type: "progress" }>["from"];
+}
+
+/** Where parts come from. `P` is whatever a {@linkcode StageLoader} needs to read one. */
+export interface PartProvider<P> {
+  /** Digests of the parts that need no download. */
+  held(): string[];
+  /**
+   * Makes parts readable, checked against their digests, in the order asked for.
+   *
+   * @throws FleetError `nats`, `not-found`, `disk`, `bad-checkpoint`; the signal's reason when aborted
+   */
+  provide(
+    parts: PartRef[],
+    onProgress: (progress: PartProgress) => void,
+    signal: AbortSignal,
+  ): Promise<P[]>;
+}
+
+/** A stage in GPU memory. */
+export interface LoadedStage {
+  readonly runner: StageRunner;
+  /** Weights, pages, scratch and staging. */
+  readonly memoryBytes: number;
+  /** Frees pages and scratch; weights stay for the next assignment. */
+  destroy(): Promise<void>;
+}
+
+/** Who puts a stage onto the GPU. One stage at a time is loaded. */
+export interface StageLoader<P> {
+  /**
+   * @param parts as the {@linkcode PartProvider} gave them, in the assignment's order
+   * @throws FleetError `out-of-memory`, `gpu`, `bad-checkpoint`, `disk`
+   */
+  load(
+    assignment: AssignStage,
+    config: ModelConfig,
+    parts: P[],
+    onProgress: (line: string) => void,
+  ): Promise<LoadedStage>;
+}
+
+/** What a worker is made of. */
+export interface WorkerOptions<P> {
+  bus: Bus;
+  clock: Clock;
+  subjects: Subjects;
+  /** `cachedParts` is filled in from the provider. */
+  card: Omit<WorkerCard, "cachedParts">;
+  parts: PartProvider<P>;
+  loader: StageLoader<P>;
+  /** Lines for whoever watches the process. */
+  log?: (line: string) => void;
+}
+
+/** Progress of a part is told at most this often. */
+const PROGRESS_EVERY_MS = 200;
+
+/** A worker: {@linkcode FleetWorker.join} makes it part of the fleet. */
+export class FleetWorker<P> {
+  readonly #options: WorkerOptions<P>;
+  readonly #dropped: DropCounts = {};
+  #subscriptions: Subscription[] = [];
+  #state: Beat["state"] = "idle";
+  /** The highest epoch ever assigned. */
+  #epoch = 0;
+  #stage: Stage | null = null;
+  #loaded: LoadedStage | null = null;
+  #load: AbortController | null = null;
+  /** Settles when the GPU is free for the next load; never rejects. */
+  #free: Promise<void> = Promise.resolve();
+  #beats = 0;
+  #beatTimer: Timer | null = null;
+  #closed = false;
+
+  constructor(options: WorkerOptions<P>) {
+    this.#options = options;
+  }
+
+  /** Subscribes, says hello, and beats from now on. Called once. */
+  join(): void {
+    const { bus, subjects, card } = this.#options;
+    let connected = bus.status === "connected";
+    this.#subscriptions = [
+      bus.subscribe(subjects.ctl(card.worker), (message) => this.#control(message)),
+      bus.subscribe(subjects.call, () => this.#hello()),
+      bus.onStatus((status) => {
+        if (status === "connected" && !connected) this.#hello();
+        connected = status === "connected";
+      }),
+    ];
+    this.#hello();
+    this.#beat();
+  }
+
+  get state(): Beat["state"] {
+    return this.#state;
+  }
+
+  /** The epoch it loads or serves, or failed at; 0 for none. */
+  get epoch(): number {
+    return this.#state === "idle" ? 0 : this.#epoch;
+  }
+
+  /** Frames dropped so far, by reason. */
+  get dropped(): Readonly<DropCounts> {
+    return this.#dropped;
+  }
+
+  /** The worker cannot go on: tells the fleet why. The caller closes it next. */
+  fail(error: FleetError): void {
+    this.#stop();
+    this.#fail(error);
+  }
+
+  /** Tells the fleet that it goes, and stops. Resolves when the server has heard. */
+  async leave(): Promise<void> {
+    if (this.#closed) return;
+    this.#report({ type: "leaving", instance: this.#options.card.instance });
+    this.close();
+    await this.#options.bus.flush();
+  }
+
+  /** Stops beats, stage and subscriptions; the bus stays open. Idempotent. */
+  close(): void {
+    if (this.#closed) return;
+    this.#closed = true;
+    this.#beatTimer?.cancel();
+    for (const subscription of this.#subscriptions) subscription.unsubscribe();
+    this.#stop();
+  }
+
+  #control({ data, respond }: BusMessage): void {
+    let reply: ControlReply;
+    try {
+      reply = this.#answer(decodeControl(ControlRequest, data));
+    } catch (error) {
+      reply = refused(toFleetError(error).message);
+    }
+    respond?.(encodeControl(reply));
+  }
+
+  #answer(request: ControlRequest): ControlReply {
+    const { card, clock } = this.#options;
+    const ok: ControlReply = { type: "ok", nowMs: clock.unixMs() };
+    switch (request.type) {
+      case "ping":
+        return ok;
+      case "release":
+        if (request.instance !== card.instance) {
+          return refused(`The process ${request.instance} is gone; this one is ${card.instance}`);
+        }
+        if (request.epoch === this.epoch) this.#release();
+        return ok;
+      case "assign": {
+        const busy = this.#state === "loading" || this.#state === "serving";
+        const self = { instance: card.instance, epoch: this.#epoch, busy };
+        const verdict = judgeAssignment(self, request);
+        if (verdict.type === "refuse") return refused(verdict.reason);
+        if (verdict.type === "accept") this.#assign(request, verdict.config);
+        return ok;
+      }
+      default:
+        return request satisfies never;
+    }
+  }
+
+  #assign(assignment: AssignStage, config: ModelConfig): void {
+    this.#stop();
+    this.#epoch = assignment.epoch;
+    this.#state = "loading";
+    const load = this.#load = new AbortController();
+    this.#free = this.#free.then(() => this.#bring(assignment, config, load.signal));
+  }
+
+  #release(): void {
+    this.#stop();
+    this.#state = "idle";
+    this.#log(`Released epoch ${this.#epoch}`);
+  }
+
+  /** Ends what is loading or serving. The GPU is free once `#free` settles. */
+  #stop(): void {
+    this.#load?.abort(new FleetError("cancelled", "A newer order came"));
+    this.#load = null;
+    this.#stage?.close();
+    this.#stage = null;
+    const loaded = this.#loaded;
+    this.#loaded = null;
+    if (loaded) this.#free = this.#free.then(() => loaded.destroy()).catch(() => {});
+  }
+
+  /** From assignment to `ready` or `failed`. Never rejects. */
+  async #bring(assignment: AssignStage, config: ModelConfig, signal: AbortSignal): Promise<void> {
+    if (signal.aborted) return;
+    const { clock, parts, loader } = this.#options;
+    const startMs = clock.nowMs();
+    const { from, to } = assignment.stage;
+    try {
+      this.#log(`Epoch ${assignment.epoch}: loading layers ${from} to ${to - 1}`);
+      const readable = await parts.provide(assignment.parts, this.#progress(signal), signal);
+      signal.throwIfAborted();
+      const line = (text: string) => this.#log(`Epoch ${assignment.epoch}: ${text}`);
+      const loaded = await loader.load(assignment, config, readable, line);
+      if (signal.aborted) return await loaded.destroy();
+      this.#serve(assignment, config, loaded, clock.nowMs() - startMs);
+    } catch (error) {
+      if (!signal.aborted) this.#fail(toFleetError(error));
+    }
+  }
+
+  #serve(
+    assignment: AssignStage,
+    config: ModelConfig,
+    loaded: LoadedStage,
+    loadMs: number,
+  ): void {
+    const { bus, clock, subjects, card } = this.#options;
+    this.#loaded = loaded;
+    this.#stage = createStage({
+      bus,
+      clock,
+      subjects,
+      worker: card.worker,
+      instance: card.instance,
+      assignment,
+      config,
+      runner: loaded.runner,
+      dropped: this.#dropped,
+      onFailure: (error) => {
+        this.#state = "failed";
+        this.#log(`Epoch ${assignment.epoch} failed: ${error.message}`);
+      },
+    });
+    this.#state = "serving";
+    const { epoch } = assignment;
+    this.#report({ type: "ready", instance: card.instance, epoch, loadMs });
+    this.#log(`Epoch ${epoch}: serving after ${(loadMs / 1000).toFixed(1)} s`);
+  }
+
+  #fail(error: FleetError): void {
+    this.#state = "failed";
+    this.#report({
+      type: "failed",
+      instance: this.#options.card.instance,
+      epoch: this.#epoch,
+      code: error.code,
+      message: error.message.slice(0, 4096),
+    });
+    this.#log(`Epoch ${this.#epoch} failed: ${error.message}`);
+  }
+
+  /** Reports progress, each part's end for sure and what lies between now and then. */
+  #progress(signal: AbortSignal): (progress: PartProgress) => void {
+    const { card, clock } = this.#options;
+    const epoch = this.#epoch;
+    let lastMs = -Infinity;
+    return (progress) => {
+      if (signal.aborted) return;
+      const nowMs = clock.nowMs();
+      if (progress.doneBytes < progress.totalBytes && nowMs < lastMs + PROGRESS_EVERY_MS) return;
+      lastMs = nowMs;
+      this.#report({ type: "progress", instance: card.instance, epoch, ...progress });
+    };
+  }
+
+  #hello(): void {
+    const { subjects, card, parts } = this.#options;
+    const cachedParts = parts.held().slice(0, MAX_CACHED_PARTS);
+    const hello: WorkerCard = { ...card, cachedParts };
+    this.#publish(subjects.hello(card.worker), hello);
+  }
+
+  #beat(): void {
+    const { clock, subjects, card } = this.#options;
+    const beat: Beat = {
+      worker: card.worker,
+      instance: card.instance,
+      sequence: this.#beats++,
+      sentAtMs: clock.unixMs(),
+      epoch: this.epoch,
+      state: this.#state,
+      dropped: this.#dropped,
+    };
+    this.#publish(subjects.beat(card.worker), beat);
+    this.#beatTimer = clock.after(LIMITS.beatEveryMs, () => this.#beat());
+  }
+
+  #report(report: WorkerReport): void {
+    const { subjects, card } = this.#options;
+    this.#publish(subjects.report(card.worker), report);
+  }
+
+  #publish(subject: string, message: Beat | WorkerCard | WorkerReport): void {
+    const { bus } = this.#options;
+    if (bus.status !== "closed") bus.publish(subject, encodeControl(message));
+  }
+
+  #log(line: string): void {
+    this.#options.log?.(line);
+  }
+}
+
+/** So that a card stays within `LIMITS.maxControlBytes`: a digest takes 67 bytes. */
+const MAX_CACHED_PARTS = 3_000;
+
+function refused(reason: string): ControlReply {
+  return { type: "refused", reason: reason.slice(0, 4096) };
+}
