@@ -6,6 +6,7 @@
  * @module
  */
 import type { RowRequest, StepFrame } from "../shared/frames.ts";
+import { LIMITS } from "../shared/limits.ts";
 import type { ModelConfig } from "../shared/model_config.ts";
 import type { StageLimits } from "../shared/protocol.ts";
 
@@ -32,7 +33,9 @@ export function misfit(frame: StepFrame, { limits, config, first }: StageBounds)
   if (values !== (first ? 0 : rows * config.hiddenSize)) {
     return `${values} activations for ${rows} rows`;
   }
+  const longest = Math.ceil(limits.contextTokens / LIMITS.pageTokens);
   for (const { pages } of batch.sequences) {
+    if (pages.length > longest) return `${pages.length} pages of a sequence, at most ${longest}`;
     for (const page of pages) if (page >= limits.pages) return `page ${page} of ${limits.pages}`;
   }
   for (let row = 0; row < rows; row++) {

@@ -149,6 +149,7 @@ Deno.test("a stage drops and counts what is not for it, and touches no page", as
   chain.bus.publish(FLEET.step("w0", COORDINATOR, "x"), encodeFrame(good));
   bad(batchOf([one(0, 100)]));
   bad(batchOf([{ sequence: 4, position: 0, token: 1 }]));
+  bad({ ...batchOf([one(0)]), sequences: [{ pages: new Uint32Array(5) }] });
   bad({ ...batchOf([one(0)]), requests: [{ type: "score", row: 0, token: 100 }] });
   bad(batchOf(Array.from({ length: 17 }, (_, position) => one(position))));
   chain.send({ ...good, hidden });
@@ -159,7 +160,7 @@ Deno.test("a stage drops and counts what is not for it, and touches no page", as
     "future-epoch": 2,
     "old-epoch": 1,
     "malformed": 4,
-    "out-of-bounds": 5,
+    "out-of-bounds": 6,
   });
   assertEquals(chain.stages[1].dropped, { "out-of-bounds": 1 });
   assertEquals(chain.runners.map((runner) => runner.slots.size), [0, 0]);
