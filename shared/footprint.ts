@@ -1,0 +1,171 @@
+/**
+ * Bytes of GPU memory that a stage takes, from the model's shapes and the stage's limits: what the
+ * planner counts with before anything is loaded, and what a worker shows as its use.
+ *
+ * Every term is an upper bound of one buffer or group of buffers; padding to the kernels' blocks is
+ * included.
+ *
+ * @module
+ */
+import { LIMITS } from "./limits.ts";
+import {
+  LINEAR_NAMES,
+  linearShape,
+  type ModelConfig,
+  type PartName,
+  stageParts,
+} from "./model_config.ts";
+import type { StageLimits } from "./protocol.ts";
+
+const F32 = 4, F16 = 2, U32 = 4;
+
+/** Rows of N are padded to this much per row block of a matrix, at most. */
+const N_ALIGN = 256;
+/** Rows of N that the largest row block covers, of a CodeGEMM and of a dense matrix. */
+const N_BLOCK = 2048;
+const DENSE_N_BLOCK = 128;
+/** K of a dense matrix is padded to this much. */
+const K_ALIGN = 32;
+/** Workgroups that a split over K aims for: it bounds the partial sums of a linear layer. */
+const SPLIT_WORKGROUPS = 640;
+/** The shortest split over K. */
+const SPLIT_K = 64;
+/** Positions of a split of decode attention: never less than a page. */
+const SPLIT_TOKENS = LIMITS.pageTokens;
+/** Decode attention runs its rows in batches whose partial results stay under this, or one row. */
+const ATTENTION_SCRATCH_BYTES = 32 * 2 ** 20;
+/** Copies of a row of logits that sampling works with: adjusted, and its thresholds and prefixes. */
+const SAMPLING_COPIES = 2;
+/** Uniforms, and buffers too small to name. */
+const SMALL_BUFFERS_BYTES = 1 * 2 ** 20;
+
+/** A run of layers. */
+export interface StageRange {
+  /** Layers `[from, to)`. */
+  from: number;
+  to: number;
+  first: boolean;
+  last: boolean;
+}
+
+/** Where a stage's memory goes, bytes. */
+export interface Footprint {
+  weightBytes: number;
+  kvBytes: number;
+  /** Activations, partial sums, step inputs, staging: independent of the number of layers. */
+  scratchBytes: number;
+  totalBytes: number;
+}
+
+/** Layers of a stage with their weights, pages and scratch. */
+export function stageFootprint(
+  config: ModelConfig,
+  stage: StageRange,
+  limits: StageLimits,
+): Footprint {
+  const weightBytes = stageParts(stage).reduce((sum, part) => sum + partBytes(config, part), 0);
+  const kvBytes = (stage.to - stage.from) * limits.pages * kvPageBytes(config);
+  const scratchBytes = scratchFootprint(config, stage, limits);
+  return { weightBytes, kvBytes, scratchBytes, totalBytes: weightBytes + kvBytes + scratchBytes };
+}
+
+/** Bytes of a part on the GPU. */
+export function partBytes(config: ModelConfig, part: PartName): number {
+  const { hiddenSize, vocabSize } = config;
+  const norm = hiddenSize * F32;
+  if (part === "embedding") return vocabSize * hiddenSize * F16;
+  if (part === "head") return denseBytes(vocabSize, hiddenSize) + norm;
+  const matrices = LINEAR_NAMES.map((name) => matrixBytes(config, ...linearShape(config, name)));
+  return matrices.reduce((sum, bytes) => sum + bytes, 0) + 2 * norm;
+}
+
+function matrixBytes({ codegemm }: ModelConfig, n: number, k: number): number {
+  if (!codegemm) return denseBytes(n, k);
+  const { m, v, g, b } = codegemm;
+  const paddedN = roundUp(n, N_ALIGN) + N_ALIGN * Math.ceil(n / N_BLOCK);
+  const codes = m * (k / v) * paddedN * (b / 8);
+  const codebooks = m * 2 ** b * v * F16;
+  const scales = (k / g) * paddedN * F16;
+  return codes + codebooks + scales;
+}
+
+function denseBytes(n: number, k: number): number {
+  return roundUp(n, N_ALIGN) * roundUp(k, K_ALIGN) * F16;
+}
+
+/** Bytes of one page of one layer: keys and values of 32 positions, heads padded to 4 elements. */
+export function kvPageBytes(config: ModelConfig): number {
+  return 2 * kvBindingBytesPerPage(config);
+}
+
+/** What a page adds to the largest single KV buffer (a layer's keys, or its values). */
+export function kvBindingBytesPerPage({ kvHeads, headDim }: ModelConfig): number {
+  return LIMITS.pageTokens * kvHeads * roundUp(headDim, 4) * F16;
+}
+
+/** All that does not depend on the number of layers. */
+function scratchFootprint(config: ModelConfig, stage: StageRange, limits: StageLimits): number {
+  const { hiddenSize, heads, kvHeads, headDim, ffnSize } = config;
+  const { maxRows } = limits;
+  const qkvColumns = (heads + 2 * kvHeads) * headDim;
+  const activations = maxRows * (
+    hiddenSize * F32 + // residual
+    hiddenSize * F16 + // normed
+    qkvColumns * F32 + // q | k | v
+    heads * headDim * F16 + // attention output
+    2 * ffnSize * F32 + // gate | up
+    ffnSize * F16 + // SwiGLU output
+    2 * hiddenSize * F16 // activations on their way in and out
+  );
+  const rope = limits.contextTokens * roundUp(headDim, 2) * F32;
+  return activations + rope + attentionPartials(config, limits) + linearPartials(config, limits) +
+    stepInputs(limits) + staging(config, stage, limits) +
+    (stage.last ? outputRows(config, limits) : 0) + SMALL_BUFFERS_BYTES;
+}
+
+/** Partial results of decode attention, one set per split of the context. */
+function attentionPartials({ heads, headDim }: ModelConfig, limits: StageLimits): number {
+  const splits = Math.ceil(limits.contextTokens / SPLIT_TOKENS);
+  const rowBytes = heads * splits * (4 + roundUp(headDim, 4)) * F32;
+  return Math.max(rowBytes, Math.min(limits.maxRows * rowBytes, ATTENTION_SCRATCH_BYTES));
+}
+
+/** Partial sums over K of the linear layer that takes most; all layers share one buffer. */
+function linearPartials(config: ModelConfig, limits: StageLimits): number {
+  const perRow = ([n, k]: [number, number], block: number) => {
+    const paddedN = roundUp(n, N_ALIGN) + N_ALIGN;
+    const splits = Math.ceil(k / SPLIT_K);
+    return Math.min(splits * paddedN, SPLIT_WORKGROUPS * block + paddedN) * F32;
+  };
+  const block = config.codegemm ? N_BLOCK : DENSE_N_BLOCK;
+  const layers = LINEAR_NAMES.map((name) => perRow(linearShape(config, name), block));
+  const head = perRow([config.vocabSize, config.hiddenSize], DENSE_N_BLOCK);
+  return Math.max(limits.maxRows * Math.max(...layers), limits.maxOutputs * head);
+}
+
+/** Rows, tiles, page tables and output rows of a step, four words each at most. */
+function stepInputs(limits: StageLimits): number {
+  const pageEntries = limits.maxSequences *
+    Math.min(limits.pages, Math.ceil(limits.contextTokens / LIMITS.pageTokens));
+  return (4 * limits.maxRows + 4 * (limits.maxRows + limits.maxSequences) + pageEntries +
+    limits.maxOutputs) * U32;
+}
+
+/** Mapped buffers to read outputs back, and what the driver holds of weights being written. */
+function staging(config: ModelConfig, stage: StageRange, limits: StageLimits): number {
+  const outputs = stage.last
+    ? limits.maxOutputs * config.vocabSize * F32
+    : limits.maxRows * config.hiddenSize * F16;
+  return 2 * LIMITS.maxStepsInFlightPerStage * outputs + LIMITS.maxShardBytes;
+}
+
+/** The output head's rows: normed input, logits, and what sampling makes of them. */
+function outputRows({ hiddenSize, vocabSize }: ModelConfig, limits: StageLimits): number {
+  const sparse = (LIMITS.maxBiasEntries + LIMITS.maxCountEntries) * 2 * U32;
+  return limits.maxOutputs *
+    (hiddenSize * F16 + (1 + SAMPLING_COPIES) * vocabSize * F32 + sparse);
+}
+
+function roundUp(value: number, step: number): number {
+  return Math.ceil(value / step) * step;
+}
