@@ -29,7 +29,7 @@ export interface PlacementProblem {
   candidates: readonly Candidate[];
   layers: number;
   objective: "latency" | "throughput" | "spread";
-  /** Exactly this many stages; any number when absent. */
+  /** Exactly this many stages. */
   stages?: number;
 }
 
@@ -43,9 +43,7 @@ export interface Share extends Ends {
 export type Placement = Share[];
 
 /** Flags of a search state: bit 0, somebody has the embedding; bit 1, somebody has the head. */
-const FIRST = 1, LAST = 2, BOTH = 3;
-/** No share, in the table of choices. */
-const NONE = 0;
+const FIRST = 1, LAST = 2, BOTH = 3, STATES = 4;
 
 /**
  * The best placement, or null when there is none.
@@ -53,7 +51,8 @@ const NONE = 0;
  * - `latency`: the least sum of stage and hop times.
  * - `throughput`: the least time of the slowest stage; of all such placements, the least latency. So
  *   a worker that would not make the slowest stage faster is left out.
- * - `spread`: the most even layer counts; of all such placements, the least latency.
+ * - `spread`: the most even layer counts; of all such placements, the least latency. Without
+ *   `stages`, on all candidates.
  */
 export function place(problem: PlacementProblem): Placement | null {
   switch (problem.objective) {
@@ -104,29 +103,27 @@ function placeForThroughput(problem: PlacementProblem): Placement | null {
 
 function placeEvenly(problem: PlacementProblem): Placement | null {
   const { candidates, layers } = problem;
-  const usable = candidates.filter((c) => ALL_ENDS.some((ends) => c.capacity(ends) >= 1)).length;
-  for (let stages = Math.min(problem.stages ?? usable, usable, layers); stages >= 1; stages--) {
-    const within = (least: number, most: number) =>
-      search({ ...problem, stages }, (_, ends, candidate) => [
-        least,
-        Math.min(most, candidate.capacity(ends)),
-      ]);
-    // First the smallest largest stage, then the largest smallest one.
-    const found = leastThatWorks(layers, (index) => within(1, index + 1));
-    if (!found) continue;
-    const most = Math.max(...found.map((share) => share.layers));
-    const floor = Math.floor(layers / stages);
-    return leastThatWorks(floor, (index) => within(floor - index, most)) ?? found;
-  }
-  return null;
+  const stages = problem.stages ?? Math.min(candidates.length, layers);
+  const within = (least: number, most: number) =>
+    search({ ...problem, stages }, (_, ends, candidate) => [
+      least,
+      Math.min(most, candidate.capacity(ends)),
+    ]);
+  // First the smallest largest stage, then the largest smallest one.
+  const found = leastThatWorks(layers, (index) => within(1, index + 1));
+  if (!found) return null;
+  const most = Math.max(...found.map((share) => share.layers));
+  const floor = Math.floor(layers / stages);
+  return leastThatWorks(floor, (index) => within(floor - index, most));
 }
 
-const ALL_ENDS: Ends[] = [
-  { first: false, last: false },
-  { first: true, last: false },
-  { first: false, last: true },
-  { first: true, last: true },
+/** What a stage of several can be, with its flags. Of equals the first worker is to be the first stage. */
+const CHAIN_ENDS: [flags: number, ends: Ends][] = [
+  [0, { first: false, last: false }],
+  [LAST, { first: false, last: true }],
+  [FIRST, { first: true, last: false }],
 ];
+const ALL_ENDS: Ends[] = [...CHAIN_ENDS.map(([, ends]) => ends), { first: true, last: true }];
 
 /** The most layers, up to `most`, that take at most `boundMs`. */
 function mostLayersUnder(candidate: Candidate, ends: Ends, most: number, boundMs: number): number {
@@ -153,52 +150,74 @@ function leastThatWorks<T>(count: number, attempt: (index: number) => T | null):
   return best;
 }
 
+/** The placement of least latency with shares in the given ranges: on one worker, or on several. */
+function search(problem: PlacementProblem, range: Range): Placement | null {
+  const { candidates, layers, stages } = problem;
+  const alone: Ends = { first: true, last: true };
+  let best: Placement | null = null;
+  for (const [worker, candidate] of candidates.entries()) {
+    const [least, most] = range(worker, alone, candidate);
+    if ((stages ?? 1) !== 1 || layers < least || layers > most) continue;
+    const placement = [{ worker, layers, ...alone }];
+    if (!best || latencyMs(candidates, placement) < latencyMs(candidates, best)) best = placement;
+  }
+  const several = searchChains(problem, range);
+  if (!best || !several) return best ?? several;
+  return latencyMs(candidates, several) < latencyMs(candidates, best) ? several : best;
+}
+
 /**
- * The placement of least latency with shares in the given ranges.
+ * The best placement on two workers or more.
  *
  * A state says how many layers are placed, on how many stages, and which ends are taken; workers are
  * offered one after another. Because a share's cost is linear in its layers, its best size is a
  * sliding-window minimum: every state costs constant time.
  */
-function search(problem: PlacementProblem, range: Range): Placement | null {
+function searchChains(problem: PlacementProblem, range: Range): Placement | null {
   const { candidates, layers, stages } = problem;
   // Without a wish for the number of stages there is no need to count them.
-  const counts = stages === undefined ? 1 : stages + 1;
-  const width = layers + 1, size = counts * 4 * width;
+  const counted = stages !== undefined;
+  const counts = counted ? stages + 1 : 1;
+  const width = layers + 1, size = counts * STATES * width;
   let best = new Float64Array(size).fill(Infinity);
   best[0] = 0;
-  const choices: Uint16Array[] = [];
-  const choiceFlags: Uint8Array[] = [];
+  const table: Choice[] = [];
   for (const [index, candidate] of candidates.entries()) {
     const next = best.slice();
-    const choice = new Uint16Array(size).fill(NONE), flags = new Uint8Array(size);
-    for (const [taken, ends] of ALL_ENDS.entries()) {
+    const choice = { layers: new Uint16Array(size), ends: new Uint8Array(size) };
+    // Stages so far: no more than workers so far, and enough that the rest can still make it.
+    const fromCount = counted ? Math.max(0, stages - (candidates.length - index)) : 0;
+    const toCount = counted ? Math.min(index, stages - 1) : 0;
+    for (const [taken, ends] of CHAIN_ENDS) {
       const [least, most] = range(index, ends, candidate);
       if (most < least) continue;
       const fixed = candidate.hopMs + candidate.stageMs(0, ends);
       const perLayer = candidate.stageMs(1, ends) - candidate.stageMs(0, ends);
-      for (let before = 0; before < 4; before++) {
+      for (let before = 0; before < STATES; before++) {
         if ((before & taken) !== 0) continue;
-        for (let count = 0; count < (stages === undefined ? 1 : stages); count++) {
-          const from = (count * 4 + before) * width;
-          const to = ((stages === undefined ? 0 : count + 1) * 4 + (before | taken)) * width;
-          slide(best, from, least, most, perLayer, width, (placed, cost, share) => {
-            if (cost + fixed < next[to + placed]) {
-              next[to + placed] = cost + fixed;
-              choice[to + placed] = share;
-              flags[to + placed] = taken;
-            }
+        for (let count = fromCount; count <= toCount; count++) {
+          const from = (count * STATES + before) * width;
+          const to = ((counted ? count + 1 : 0) * STATES + (before | taken)) * width;
+          slide(best, { from, width, least, most, perLayer }, (placed, cost, share) => {
+            if (cost + fixed >= next[to + placed]) return;
+            next[to + placed] = cost + fixed;
+            choice.layers[to + placed] = share;
+            choice.ends[to + placed] = taken;
           });
         }
       }
     }
-    choices.push(choice);
-    choiceFlags.push(flags);
+    table.push(choice);
     best = next;
   }
-  const end = ((counts - 1) * 4 + BOTH) * width + layers;
-  if (!Number.isFinite(best[end])) return null;
-  return retrace(choices, choiceFlags, { layers, counts, counted: stages !== undefined });
+  if (!Number.isFinite(best[((counts - 1) * STATES + BOTH) * width + layers])) return null;
+  return retrace(table, { layers, counts, counted });
+}
+
+/** Per state, what the worker took to reach it: 0 layers where the state was there before. */
+interface Choice {
+  layers: Uint16Array;
+  ends: Uint8Array;
 }
 
 /**
@@ -207,13 +226,10 @@ function search(problem: PlacementProblem, range: Range): Placement | null {
  */
 function slide(
   best: Float64Array,
-  from: number,
-  least: number,
-  most: number,
-  perLayer: number,
-  width: number,
+  options: { from: number; width: number; least: number; most: number; perLayer: number },
   found: (placed: number, cost: number, share: number) => void,
 ): void {
+  const { from, width, least, most, perLayer } = options;
   // Indices with rising value of best[j] - j * perLayer; the front is the minimum of the window.
   const window: number[] = [];
   let front = 0;
@@ -235,18 +251,17 @@ function slide(
 }
 
 function retrace(
-  choices: Uint16Array[],
-  choiceFlags: Uint8Array[],
+  table: readonly Choice[],
   goal: { layers: number; counts: number; counted: boolean },
 ): Placement {
   const width = goal.layers + 1;
   let placed = goal.layers, flags = BOTH, count = goal.counts - 1;
   const shares: Share[] = [];
-  for (let worker = choices.length - 1; worker >= 0; worker--) {
-    const at = (count * 4 + flags) * width + placed;
-    const layers = choices[worker][at];
-    if (layers === NONE) continue;
-    const taken = choiceFlags[worker][at];
+  for (let worker = table.length - 1; worker >= 0; worker--) {
+    const at = (count * STATES + flags) * width + placed;
+    const layers = table[worker].layers[at];
+    if (layers === 0) continue;
+    const taken = table[worker].ends[at];
     shares.push({ worker, layers, first: (taken & FIRST) !== 0, last: (taken & LAST) !== 0 });
     placed -= layers;
     flags ^= taken;

@@ -44,7 +44,7 @@ export interface PlanRequest {
   wish: { contextTokens: number; maxSequences: number };
   /** The quickest token, the most tokens, or all workers as evenly as possible. */
   objective: "latency" | "throughput" | "spread";
-  /** Exactly this many stages; for `spread`, at most. */
+  /** Exactly this many stages where memory and layers allow it, else as many as possible below. */
   stages?: number;
   /** The largest frame that the bus carries. */
   maxFrameBytes: number;
@@ -94,46 +94,64 @@ export interface Plan {
  * ```
  */
 export function planStages(request: PlanRequest): Plan {
-  const { workers, config, wish } = request;
+  const { workers, config, objective } = request;
   if (workers.length === 0) {
     throw new FleetError("unavailable", "Cannot place the model: no worker has joined");
   }
-  const contextTokens = Math.min(wish.contextTokens, config.contextTokens);
-  const fewest = pagesFor(contextTokens), wanted = fewest * wish.maxSequences;
-  const attempt = (pages: number) => {
-    const limits = stageLimits(request, contextTokens, pages);
-    const candidates = workers.map((worker) => candidateOf(request, worker, limits));
-    const { objective, stages } = request;
-    const placement = place({ candidates, layers: config.layers, objective, stages });
-    return placement && { limits, candidates, placement };
-  };
-  let found = attempt(wanted);
-  if (!found) {
-    let low = fewest, high = wanted;
-    found = attempt(low);
-    if (!found) throw doesNotFit(request, stageLimits(request, contextTokens, fewest));
-    while (high - low > 1) {
-      const middle = (low + high) >> 1;
-      const better = attempt(middle);
-      if (better) [found, low] = [better, middle];
-      else high = middle;
-    }
-  }
+  const most = Math.min(workers.length, config.layers);
+  let stages = request.stages ?? (objective === "spread" ? most : undefined);
+  if (stages !== undefined) stages = Math.min(stages, most);
+  let found = placeWithPages(request, stages);
+  while (!found && stages !== undefined && stages > 1) found = placeWithPages(request, --stages);
+  if (!found) throw doesNotFit(request, limitsOf(request, pagesFor(contextOf(request))));
   const { limits, candidates, placement } = found;
   return {
-    stages: planStagesOf(request, limits, candidates, placement),
+    stages: planStagesOf(request, found),
     limits,
     predictedTokenMs: latencyMs(candidates, placement),
     predictedTokensPerSecond: 1000 / bottleneckMs(candidates, placement),
-    explanation: explain(request, limits, candidates, placement),
+    explanation: explain(request, found),
   };
+}
+
+interface Found {
+  limits: StageLimits;
+  candidates: Candidate[];
+  placement: Placement;
+}
+
+/** The placement with the most KV pages, up to those for all sequences of the wish. */
+function placeWithPages(request: PlanRequest, stages: number | undefined): Found | null {
+  const { workers, config, objective, wish } = request;
+  const attempt = (pages: number): Found | null => {
+    const limits = limitsOf(request, pages);
+    const candidates = workers.map((worker) => candidateOf(request, worker, limits));
+    const placement = place({ candidates, layers: config.layers, objective, stages });
+    return placement && { limits, candidates, placement };
+  };
+  let fits = pagesFor(contextOf(request));
+  let tooMany = fits * wish.maxSequences;
+  let found = attempt(tooMany) ?? attempt(fits);
+  if (!found || found.limits.pages === tooMany) return found;
+  while (tooMany - fits > 1) {
+    const middle = (fits + tooMany) >> 1;
+    const better = attempt(middle);
+    if (better) [found, fits] = [better, middle];
+    else tooMany = middle;
+  }
+  return found;
+}
+
+function contextOf({ wish, config }: PlanRequest): number {
+  return Math.min(wish.contextTokens, config.contextTokens);
 }
 
 /**
  * The bounds of a step that fit a frame at every stage. Page tables may take a quarter of the frame
  * here; the scheduler counts the real bytes of each step.
  */
-function stageLimits(request: PlanRequest, contextTokens: number, pages: number): StageLimits {
+function limitsOf(request: PlanRequest, pages: number): StageLimits {
+  const contextTokens = contextOf(request);
   const { config, workers, wish, maxFrameBytes } = request;
   const maxBytes = Math.min(maxFrameBytes, LIMITS.maxFrameBytes);
   const shape = (rows: number, sequences: number) => ({
@@ -210,9 +228,7 @@ function bytesOf(
 
 function planStagesOf(
   request: PlanRequest,
-  limits: StageLimits,
-  candidates: readonly Candidate[],
-  placement: Placement,
+  { limits, candidates, placement }: Found,
 ): PlanStage[] {
   let from = 0;
   return placement.map((share) => {
@@ -242,13 +258,9 @@ function weightBytes(request: PlanRequest, range: Ends & { from: number; to: num
 
 // ── Words ─────────────────────────────────────────────────────────────────────────────────────
 
-function explain(
-  request: PlanRequest,
-  limits: StageLimits,
-  candidates: readonly Candidate[],
-  placement: Placement,
-): string[] {
-  const stages = planStagesOf(request, limits, candidates, placement);
+function explain(request: PlanRequest, found: Found): string[] {
+  const { placement } = found;
+  const stages = planStagesOf(request, found);
   const placed = stages.map((stage, index) => {
     const { card } = request.workers[placement[index].worker];
     const bytes = stage.weightBytes + stage.kvBytes + stage.scratchBytes;
@@ -258,9 +270,7 @@ function explain(
   const used = new Set(placement.map(({ worker }) => worker));
   const left = request.workers.flatMap(({ card }, index) =>
     used.has(index) ? [] : [
-      `${card.worker} (${card.gpu.name}) is left out: ${
-        whyLeftOut(request, limits, candidates, placement, index)
-      }`,
+      `${card.worker} (${card.gpu.name}) is left out: ${whyLeftOut(request, found, index)}`,
     ]
   );
   return [...placed, ...left];
@@ -276,9 +286,7 @@ function describe(stage: PlanStage): string {
 
 function whyLeftOut(
   request: PlanRequest,
-  limits: StageLimits,
-  candidates: readonly Candidate[],
-  placement: Placement,
+  { limits, candidates, placement }: Found,
   index: number,
 ): string {
   const { card } = request.workers[index], candidate = candidates[index];
@@ -292,7 +300,7 @@ function whyLeftOut(
   if (request.objective === "spread" && placement.length >= request.config.layers) {
     return `the model has only ${request.config.layers} layers`;
   }
-  if (request.stages !== undefined) return `${request.stages} stages were asked for`;
+  if (placement.length === request.stages) return `${request.stages} stages were asked for`;
   const hop = `its hops alone would add ${candidate.hopMs.toFixed(2)} ms to a token`;
   if (request.objective === "latency") return `it would slow the rest; ${hop}`;
   return `the slowest stage stays at ${
@@ -301,28 +309,24 @@ function whyLeftOut(
 }
 
 function doesNotFit(request: PlanRequest, limits: StageLimits): FleetError {
-  const { config, workers, stages: wantedStages } = request;
+  const { config, workers } = request;
   const free = workers.reduce((sum, { card }) => sum + card.memoryBytes, 0);
   const whole = { from: 0, to: config.layers, first: true, last: true };
   const { kvBytes, scratchBytes } = stageFootprint(config, whole, limits);
-  // Every stage takes scratch of its own; count it for each worker that would be needed.
   const needed = weightBytes(request, whole) + kvBytes + scratchBytes;
   const advice = config.codegemm
     ? "add a worker, or serve a shorter context"
     : "add a worker, or quantize with --format m1v4g128";
   const on = `${workers.length} worker${workers.length === 1 ? "" : "s"}`;
-  const asked = wantedStages === undefined ? "" : ` in ${wantedStages} stages`;
   if (needed > free) {
     return new FleetError(
       "out-of-memory",
-      `Cannot place the model${asked}: ${gib(needed)} needed, ${
-        gib(free)
-      } free on ${on}; ${advice}`,
+      `Cannot place the model: ${gib(needed)} needed, ${gib(free)} free on ${on}; ${advice}`,
     );
   }
   return new FleetError(
     "out-of-memory",
-    `Cannot place the model${asked}: ${gib(needed)} needed, and the ${gib(free)} free on ${on} ` +
+    `Cannot place the model: ${gib(needed)} needed, and the ${gib(free)} free on ${on} ` +
       `do not divide into whole layers with each stage's scratch of ${
         gib(scratchBytes)
       }; ${advice}`,
