@@ -1,0 +1,95 @@
+/**
+ * Stages of a real model on the GPU of this thread: parts onto it, steps through it.
+ *
+ * @module
+ */
+import type { Gpu } from "../kernels/gpu.ts";
+import { StageModel } from "../model/stage_model.ts";
+import type { StageOutput, StageSteps } from "../model/stage_spec.ts";
+import { WeightStore } from "../model/weights.ts";
+import type { Clock } from "../shared/clock.ts";
+import type { StepBatch } from "../shared/frames.ts";
+import type { ModelConfig, PartName, TensorSource } from "../shared/model_config.ts";
+import type { AssignStage } from "../shared/protocol.ts";
+import type { RunnerOutput, StageRunner } from "./stage.ts";
+import type { LoadedStage, StageLoader } from "./worker.ts";
+
+/** Loads stages onto one GPU. The weights of the last assignment stay there for the next. */
+export class ModelLoader implements StageLoader<TensorSource> {
+  readonly #gpu: Gpu;
+  readonly #clock: Clock;
+  readonly #weights: WeightStore;
+
+  constructor(gpu: Gpu, clock: Clock) {
+    this.#gpu = gpu;
+    this.#clock = clock;
+    this.#weights = new WeightStore(gpu);
+  }
+
+  async load(
+    assignment: AssignStage,
+    config: ModelConfig,
+    parts: TensorSource[],
+    onProgress: (line: string) => void,
+  ): Promise<LoadedStage> {
+    const { stage, limits, profile } = assignment;
+    const digests = new Map(
+      assignment.parts.map(({ part, digest }) => [part as PartName, digest]),
+    );
+    this.#weights.keepOnly(new Set(digests.values()));
+    let loaded = 0;
+    for (const [part, digest] of digests) {
+      const tensors = parts[loaded++];
+      if (this.#weights.has(digest)) continue;
+      onProgress(`${part} onto the GPU (${loaded} of ${digests.size})`);
+      await this.#weights.load(config, part, tensors, digest);
+    }
+    const spec = { config, ...stage, limits, profile, parts: digests };
+    let last = "";
+    const model = await StageModel.load(this.#gpu, spec, this.#weights, ({ what }) => {
+      if (what !== last) onProgress(last = what);
+    });
+    return {
+      runner: modelRunner(model, this.#clock),
+      memoryBytes: model.memoryBytes,
+      destroy: () => Promise.resolve(model.destroy()),
+    };
+  }
+}
+
+/**
+ * A model as a runner. A step is submitted as soon as it comes, also behind one that the GPU still
+ * runs. Waiting for a step blocks the thread, so the mailbox is emptied before each wait: what has
+ * arrived by then is queued on the GPU first.
+ */
+export function modelRunner(model: StageSteps, clock: Clock): StageRunner {
+  let tail: Promise<unknown> = Promise.resolve();
+  let freeAtMs = 0;
+  const run = async (batch: StepBatch, hidden: Uint16Array | null): Promise<RunnerOutput> => {
+    const submittedAtMs = clock.unixMs();
+    const ticket = model.submit(batch, hidden);
+    const turn = tail.then(async (): Promise<RunnerOutput> => {
+      await turnOfEvents();
+      const startedAtMs = Math.max(submittedAtMs, freeAtMs);
+      const output: StageOutput = await model.finish(ticket);
+      freeAtMs = clock.unixMs();
+      return { ...output, startedAtMs };
+    });
+    tail = turn.catch(() => {});
+    return await turn;
+  };
+  return { run };
+}
+
+/** Resolves after the messages that have arrived by now. Timers would wait a millisecond or more. */
+function turnOfEvents(): Promise<void> {
+  return new Promise((resolve) => {
+    const { port1, port2 } = new MessageChannel();
+    port1.onmessage = () => {
+      port1.close();
+      port2.close();
+      resolve();
+    };
+    port2.postMessage(null);
+  });
+}
