@@ -27,7 +27,15 @@ export interface PipelineOptions {
   code: string;
   entryPoint?: string;
   constants?: Record<string, number>;
+  /**
+   * The bindings of group 0, in order. Pipelines of the same bindings take the same bind groups
+   * ({@linkcode Gpu.bindings}); left out, the layout is the pipeline's own.
+   */
+  bindings?: readonly BindingKind[];
 }
+
+/** What is bound: a uniform, storage that is read, storage that is read and written. */
+export type BindingKind = "uniform" | "read" | "write";
 
 const WANTED_LIMITS = [
   "maxStorageBufferBindingSize",
@@ -56,6 +64,7 @@ export class Gpu {
   /** The first uncaptured error or the loss of the device; results after it are not to be trusted. */
   failure: FleetError | null = null;
   #pipelines = new Map<string, Promise<GPUComputePipeline>>();
+  #layouts = new Map<string, GPUBindGroupLayout>();
 
   private constructor(device: GPUDevice, info: GpuInfo) {
     this.device = device;
@@ -114,13 +123,18 @@ export class Gpu {
   }
 
   /**
-   * A compute pipeline with `layout: "auto"`, compiled once per code and constants.
+   * A compute pipeline, compiled once per code, constants and bindings.
    *
    * @throws FleetError `gpu` that shows the offending WGSL line
    */
   pipeline(options: PipelineOptions): Promise<GPUComputePipeline> {
     const entryPoint = options.entryPoint ?? "main";
-    const key = JSON.stringify([options.code, entryPoint, options.constants ?? {}]);
+    const key = JSON.stringify([
+      options.code,
+      entryPoint,
+      options.constants ?? {},
+      options.bindings,
+    ]);
     let pipeline = this.#pipelines.get(key);
     if (!pipeline) {
       pipeline = this.#compile(options, entryPoint);
@@ -129,13 +143,34 @@ export class Gpu {
     return pipeline;
   }
 
+  /** The bind group layout that all pipelines of these `bindings` share. */
+  bindings(bindings: readonly BindingKind[]): GPUBindGroupLayout {
+    const key = bindings.join();
+    let layout = this.#layouts.get(key);
+    if (!layout) {
+      const type = { uniform: "uniform", read: "read-only-storage", write: "storage" } as const;
+      layout = this.device.createBindGroupLayout({
+        label: key,
+        entries: bindings.map((kind, binding) => ({
+          binding,
+          visibility: GPUShaderStage.COMPUTE,
+          buffer: { type: type[kind] },
+        })),
+      });
+      this.#layouts.set(key, layout);
+    }
+    return layout;
+  }
+
   async #compile(options: PipelineOptions, entryPoint: string): Promise<GPUComputePipeline> {
     const { device } = this;
     device.pushErrorScope("validation");
     const module = device.createShaderModule({ label: options.label, code: options.code });
     const pipeline = device.createComputePipeline({
       label: options.label,
-      layout: "auto",
+      layout: options.bindings
+        ? device.createPipelineLayout({ bindGroupLayouts: [this.bindings(options.bindings)] })
+        : "auto",
       compute: { module, entryPoint, constants: options.constants },
     });
     const error = await device.popErrorScope();

@@ -3,4 +3,10 @@
  *
  * @module
  */
+export { createLinear, linearScratchBytes } from "./linear.ts";
+export { loadMatrix, matrixBytes } from "./matrix.ts";
+export type { LoadOptions } from "./matrix.ts";
+export { randomTensors } from "./random_tensors.ts";
 export type { Linear, LinearOptions, Matrix, MatrixBlock, MatrixShape } from "./types.ts";
+export { DEFAULT_VARIANT } from "./variant.ts";
+export type { Variant } from "./variant.ts";

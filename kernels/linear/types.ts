@@ -7,6 +7,8 @@ import type { CodeGemmFormat } from "../../shared/model_config.ts";
 import type { NumericsProfile } from "../../shared/protocol.ts";
 import type { Gpu } from "../gpu.ts";
 import type { LinearStore, RowRange, RowsView, StepShape } from "../kernel.ts";
+import type { CodeOrder, DenseOrder } from "./order.ts";
+import type { Variant } from "./variant.ts";
 
 /** `[N, K]`: outputs, inputs. */
 export type MatrixShape = readonly [n: number, k: number];
@@ -29,6 +31,8 @@ export interface Matrix {
   readonly k: number;
   /** Null for dense float16. */
   readonly format: CodeGemmFormat | null;
+  /** How sums over K are ordered; follows from shape and format. */
+  readonly order: CodeOrder | DenseOrder;
   readonly blocks: readonly MatrixBlock[];
   /** CodeGEMM only: `(m, 256, v)` float16. */
   readonly codebooks: GPUBuffer | null;
@@ -60,6 +64,8 @@ export interface LinearOptions {
   /** The ranges that `encode` will be called with. */
   ranges: readonly RowRange[];
   profile: NumericsProfile;
+  /** What autotuning may choose; by default what suits the adapter's limits. */
+  variant?: Partial<Variant>;
 }
 
 /** A linear layer bound to its buffers. */

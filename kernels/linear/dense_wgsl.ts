@@ -1,0 +1,110 @@
+/**
+ * WGSL of the decode kernel of dense float16 matrices: one thread holds one row of N, one workgroup a
+ * row block and a split of K, for up to eight rows of the step at once. Products are summed in
+ * float32, by rising K, through a split; splits as `reduce_wgsl.ts` says.
+ *
+ * @module
+ */
+import { DENSE_K_ALIGN, DENSE_OCTET, DENSE_ROW_BLOCK, DENSE_TILE_K } from "./order.ts";
+import type { Batch, Target } from "./wgsl.ts";
+import { batchLanes, HEADER_WGSL, putWgsl, spread, times } from "./wgsl.ts";
+
+/** What a decode kernel of a dense matrix is generated from. */
+export interface DenseKernel {
+  batch: Batch;
+  target: Target;
+}
+
+const OCTETS_PER_TURN = DENSE_K_ALIGN / DENSE_OCTET;
+
+/** Workgroup memory of the kernel: a tile of activations. */
+export function denseKernelBytes(batch: Batch): number {
+  return DENSE_TILE_K * 4 * batch;
+}
+
+/** The kernel's code. */
+export function denseKernelWgsl({ batch, target }: DenseKernel): string {
+  const lanes = batchLanes(batch);
+  const vector = lanes.type("f32");
+  const threads = DENSE_ROW_BLOCK;
+
+  const fill = times(lanes.vectors, (j) => {
+    const loads = Array.from(
+      { length: lanes.lanes },
+      (_, l) => `f32(x[x${j * lanes.lanes + l} + at])`,
+    );
+    return `var v${j} = ${vector}(0.0);
+      if (at < params.k) { v${j} = ${vector}(${loads.join(", ")}); }
+      activations${j}[i] = v${j};`;
+  });
+
+  const products = times(OCTETS_PER_TURN, (o) =>
+    times(4, (pair) => {
+      const at = o * DENSE_OCTET + pair * 2;
+      return `{ let w = unpack2x16float(w${o}.${"xyzw"[pair]});\n` + times(2, (half) =>
+        times(lanes.vectors, (j) =>
+          `acc${j} = fma(${vector}(w.${"xy"[half]}), activations${j}[a + ${
+            at + half
+          }u], acc${j});`)) +
+        " }";
+    }));
+
+  return /* wgsl */ `${HEADER_WGSL}
+@group(0) @binding(2) var<storage, read> x: array<f16>;
+@group(0) @binding(3) var<storage, read> weights: array<vec4<u32>>;
+@group(0) @binding(4) var<storage, read_write> y: array<f32>;
+${times(lanes.vectors, (j) => `var<workgroup> activations${j}: array<${vector}, ${DENSE_TILE_K}>;`)}
+${target === "partial" ? "" : putWgsl(target)}
+
+@compute @workgroup_size(${threads})
+fn main(
+  @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) workgroup: vec3<u32>,
+) {
+  let block = workgroup.x;
+  let split = workgroup.y;
+  let rows = range_rows();
+  let first = params.row_base + workgroup.z * ${batch}u;
+  if (first >= rows) { return; }
+${
+    times(batch, (b) =>
+      `  let x${b} = params.x_offset + min(first + ${b}u, rows - 1u) * params.x_stride;`)
+  }
+${times(lanes.vectors, (j) => `  var acc${j} = ${vector}(0.0);`)}
+  let octets = (params.k + ${DENSE_K_ALIGN - 1}u) / ${DENSE_K_ALIGN}u * ${OCTETS_PER_TURN}u;
+  let end = min((split + 1u) * params.split_units, params.units);
+  for (var unit = split * params.split_units; unit < end; unit++) {
+    workgroupBarrier();
+    ${spread(DENSE_TILE_K, threads, `let at = unit * ${DENSE_TILE_K}u + i;\n${fill}`)}
+    workgroupBarrier();
+    let octet0 = unit * ${DENSE_TILE_K / DENSE_OCTET}u;
+    let count = min(${DENSE_TILE_K / DENSE_OCTET}u, octets - octet0);
+    var at = (block * octets + octet0) * ${threads}u + lane;
+    for (var o = 0u; o < count; o += ${OCTETS_PER_TURN}u) {
+      let a = o * ${DENSE_OCTET}u;
+${times(OCTETS_PER_TURN, (o) => `      let w${o} = weights[at + ${o * threads}u];`)}
+${products}
+      at += ${OCTETS_PER_TURN * threads}u;
+    }
+  }
+  let n = block * ${threads}u + lane;
+${
+    target === "partial"
+      ? times(batch, (b) =>
+        `  if (first + ${b}u < rows) {
+    y[(split * params.row_cap + workgroup.z * ${batch}u + ${b}u) * params.partial_stride + n] = ${
+          lanes.lane("acc", b)
+        };
+  }`)
+      : `  if (n < params.n) {
+${
+        times(batch, (b) =>
+          `    if (first + ${b}u < rows) { put(range_start() + first + ${b}u, n, ${
+            lanes.lane("acc", b)
+          }); }`)
+      }
+  }`
+  }
+}
+`;
+}

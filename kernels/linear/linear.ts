@@ -1,0 +1,373 @@
+/**
+ * A linear layer bound to its buffers: picks and compiles the kernels of its ranges once, then
+ * encodes a step with nothing but pipelines, bind groups and dispatches.
+ *
+ * @module
+ */
+import { FleetError, invariant } from "../../shared/errors.ts";
+import type { CodeGemmFormat } from "../../shared/model_config.ts";
+import type { BindingKind, Gpu } from "../gpu.ts";
+import type { RowRange } from "../kernel.ts";
+import { STEP_BYTES } from "../kernel.ts";
+import type { CodeKernel } from "./code_wgsl.ts";
+import { codeKernelFits, codeKernelWgsl } from "./code_wgsl.ts";
+import { denseKernelBytes, denseKernelWgsl } from "./dense_wgsl.ts";
+import { codeOrder, denseOrder, roundUp } from "./order.ts";
+import type { PrefillTile } from "./prefill_wgsl.ts";
+import { prefillThreads, prefillWgsl } from "./prefill_wgsl.ts";
+import { reduceColumns, reduceWgsl } from "./reduce_wgsl.ts";
+import type { Linear, LinearOptions, Matrix, MatrixBlock, MatrixShape } from "./types.ts";
+import { DEFAULT_VARIANT, rowsPerThread } from "./variant.ts";
+import type { Batch, Params, Target } from "./wgsl.ts";
+import { PARAM_BYTES, PARAM_WORDS, RANGE_CODES } from "./wgsl.ts";
+
+/** Rows that the scratch holds are a multiple of this, or a power of two below it. */
+const MAX_BATCH = 8;
+/** Scratch beyond which more rows take more dispatches instead. */
+const SCRATCH_BYTES = 64 * 1024 * 1024;
+
+const CODE_BINDINGS = ["uniform", "uniform", "read", "read", "read", "read", "write"] as const;
+const DENSE_BINDINGS = ["uniform", "uniform", "read", "read", "write"] as const;
+const REDUCE_BINDINGS = ["uniform", "uniform", "read", "write"] as const;
+const CODE_PREFILL_BINDINGS = [
+  "uniform",
+  "uniform",
+  "read",
+  "write",
+  "read",
+  "read",
+  "read",
+] as const;
+const DENSE_PREFILL_BINDINGS = ["uniform", "uniform", "read", "write", "read"] as const;
+
+/**
+ * Scratch that a linear layer wants for its partial sums, bytes; 16 when it needs none.
+ *
+ * @param maxRows rows of the largest range that runs decode kernels
+ */
+export function linearScratchBytes(
+  shape: MatrixShape,
+  format: CodeGemmFormat | null,
+  maxRows: number,
+  order = format === null ? denseOrder(shape) : codeOrder(shape, format),
+): number {
+  if (order.splits === 1) return 16;
+  const row = partialRowBytes(shape[0], order);
+  const affordable = Math.max(1, Math.floor(SCRATCH_BYTES / row / MAX_BATCH)) * MAX_BATCH;
+  return row * Math.min(roundUp(maxRows, MAX_BATCH), affordable);
+}
+
+/** One chunk of rows of one binding block: what to set and dispatch. */
+interface DecodeDispatch {
+  main: GPUBindGroup;
+  reduce: GPUBindGroup | null;
+  rowBlocks: number;
+  reduceGroups: number;
+}
+
+interface DecodePlan {
+  /** Rows of one chunk. */
+  chunkRows: number;
+  splits: number;
+  pipelines: { batch: Batch; pipeline: GPUComputePipeline }[];
+  reduce: GPUComputePipeline | null;
+  /** `[chunk][binding block]` */
+  chunks: DecodeDispatch[][];
+}
+
+interface PrefillPlan {
+  pipelines: { tile: PrefillTile; pipeline: GPUComputePipeline }[];
+  blocks: { group: GPUBindGroup; n: number }[];
+}
+
+/**
+ * Binds a matrix to an input, an output and a way to store, and compiles its kernels.
+ *
+ * @throws FleetError `gpu` when a kernel does not compile or the adapter's limits cannot hold it
+ */
+export async function createLinear(options: LinearOptions): Promise<Linear> {
+  const { label, gpu, ranges, matrix } = options;
+  const variant = { ...DEFAULT_VARIANT, ...options.variant };
+  const uniforms = new Uniforms(options);
+  let decode: DecodePlan | null = null;
+  let prefill: PrefillPlan | null = null;
+  const plans: Partial<Record<RowRange, DecodePlan>> = {};
+  for (const range of ranges) {
+    if (range === "prefill") {
+      prefill = await planPrefill(options, variant.prefillTiles, uniforms);
+    } else {
+      decode = await planDecode(options, variant.batches, range, uniforms);
+      plans[range] = decode;
+    }
+  }
+  uniforms.upload(gpu);
+  gpu.check();
+  return {
+    label,
+    encode(pass, shape, range) {
+      if (range === "prefill") {
+        invariant(prefill !== null, `${label} was made for prefill rows`);
+        encodePrefill(pass, prefill, shape.rows - shape.decodeRows);
+      } else {
+        const plan = plans[range];
+        invariant(plan !== undefined, `${label} was made for ${range} rows`);
+        const rows = range === "decode" ? shape.decodeRows : shape.outputs;
+        encodeDecode(pass, plan, rows, matrix);
+      }
+    },
+    destroy: () => uniforms.buffer.destroy(),
+  };
+}
+
+function encodeDecode(
+  pass: GPUComputePassEncoder,
+  plan: DecodePlan,
+  rows: number,
+  matrix: Matrix,
+): void {
+  for (let c = 0, from = 0; from < rows; c++, from += plan.chunkRows) {
+    invariant(c < plan.chunks.length, `${matrix.name} was bound for fewer than ${rows} rows`);
+    const count = Math.min(plan.chunkRows, rows - from);
+    const kernel = smallestHolding(plan.pipelines, count);
+    for (const dispatch of plan.chunks[c]) {
+      pass.setPipeline(kernel.pipeline);
+      pass.setBindGroup(0, dispatch.main);
+      pass.dispatchWorkgroups(dispatch.rowBlocks, plan.splits, Math.ceil(count / kernel.batch));
+      if (plan.reduce !== null) {
+        pass.setPipeline(plan.reduce);
+        pass.setBindGroup(0, dispatch.reduce);
+        pass.dispatchWorkgroups(dispatch.reduceGroups, count);
+      }
+    }
+  }
+}
+
+function smallestHolding(kernels: DecodePlan["pipelines"], rows: number) {
+  for (const kernel of kernels) if (kernel.batch >= rows) return kernel;
+  return kernels[kernels.length - 1];
+}
+
+function encodePrefill(pass: GPUComputePassEncoder, plan: PrefillPlan, rows: number): void {
+  if (rows === 0) return;
+  let kernel = plan.pipelines[plan.pipelines.length - 1];
+  for (const candidate of plan.pipelines) {
+    if (candidate.tile.rows >= rows) {
+      kernel = candidate;
+      break;
+    }
+  }
+  pass.setPipeline(kernel.pipeline);
+  for (const block of plan.blocks) {
+    pass.setBindGroup(0, block.group);
+    pass.dispatchWorkgroups(
+      Math.ceil(block.n / kernel.tile.columns),
+      Math.ceil(rows / kernel.tile.rows),
+    );
+  }
+}
+
+async function planDecode(
+  options: LinearOptions,
+  batches: readonly Batch[],
+  range: "decode" | "outputs",
+  uniforms: Uniforms,
+): Promise<DecodePlan> {
+  const { gpu, label, matrix, step, input, output, scratch, store, maxRows } = options;
+  const { order } = matrix;
+  const direct = order.splits === 1;
+  const chunkRows = direct ? roundUp(maxRows, MAX_BATCH) : scratchRows(options);
+  const target: Target = direct ? store : "partial";
+  const bindings = order.kind === "code" ? CODE_BINDINGS : DENSE_BINDINGS;
+
+  const pipelines: DecodePlan["pipelines"] = [];
+  for (const batch of batches) {
+    const code = batch <= chunkRows ? decodeCode(options, batch, target) : null;
+    if (code === null) continue;
+    const pipeline = await gpu.pipeline({ label: `${label} x${batch}`, code, bindings });
+    pipelines.push({ batch, pipeline });
+  }
+  if (pipelines.length === 0) {
+    throw new FleetError(
+      "gpu",
+      `${matrix.name} needs more workgroup memory than the ` +
+        `${gpu.limits.maxComputeWorkgroupStorageSize} bytes that ${gpu.info.name} offers`,
+    );
+  }
+  const reduce = direct ? null : await gpu.pipeline({
+    label: `${label} reduce`,
+    code: reduceWgsl(order.slices, store),
+    bindings: REDUCE_BINDINGS,
+  });
+
+  const target0 = direct ? output.buffer : scratch;
+  const chunks: DecodeDispatch[][] = [];
+  for (let base = 0; base < maxRows; base += chunkRows) {
+    chunks.push(matrix.blocks.map((block) => {
+      const params = uniforms.add(block, { row_base: base, row_cap: chunkRows, range });
+      const weights = order.kind === "code"
+        ? [block.weights, matrix.codebooks!, block.scales!]
+        : [block.weights];
+      return {
+        main: bindGroup(gpu, `${label} ${range}`, bindings, [
+          step,
+          params,
+          input.buffer,
+          ...weights,
+          target0,
+        ]),
+        reduce: reduce === null ? null : bindGroup(gpu, `${label} reduce`, REDUCE_BINDINGS, [
+          step,
+          params,
+          scratch,
+          output.buffer,
+        ]),
+        rowBlocks: Math.ceil(block.n / order.rowBlock),
+        reduceGroups: Math.ceil(block.n / reduceColumns(order.slices)),
+      };
+    }));
+  }
+  return { chunkRows, splits: order.splits, pipelines, reduce, chunks };
+}
+
+/** The decode kernel's code, or null when it does not fit into workgroup memory. */
+function decodeCode(options: LinearOptions, batch: Batch, target: Target): string | null {
+  const { gpu: { limits }, matrix: { order, format }, profile } = options;
+  const workgroupBytes = limits.maxComputeWorkgroupStorageSize;
+  if (order.kind === "dense") {
+    return denseKernelBytes(batch) <= workgroupBytes ? denseKernelWgsl({ batch, target }) : null;
+  }
+  invariant(format !== null, "a code order has a format");
+  const perThread = rowsPerThread(order);
+  const kernel: CodeKernel = {
+    family: profile.decode,
+    format,
+    order,
+    threads: order.rowBlock / perThread,
+    rowsPerThread: perThread,
+    batch,
+    workgroupBytes,
+    target,
+  };
+  return codeKernelFits(kernel) ? codeKernelWgsl(kernel) : null;
+}
+
+async function planPrefill(
+  options: LinearOptions,
+  tiles: readonly PrefillTile[],
+  uniforms: Uniforms,
+): Promise<PrefillPlan> {
+  const { gpu, label, matrix, step, input, output, store, maxRows } = options;
+  const { order, format } = matrix;
+  const code = order.kind === "code" && format !== null ? { format, order } : null;
+  const bindings = code ? CODE_PREFILL_BINDINGS : DENSE_PREFILL_BINDINGS;
+  const pipelines: PrefillPlan["pipelines"] = [];
+  for (const tile of tiles) {
+    if (prefillThreads(tile) > gpu.limits.maxComputeInvocationsPerWorkgroup) continue;
+    pipelines.push({
+      tile,
+      pipeline: await gpu.pipeline({
+        label: `${label} prefill`,
+        code: prefillWgsl({ tile, code, store }),
+        bindings,
+      }),
+    });
+  }
+  invariant(pipelines.length > 0, "a prefill tile fits WebGPU's default limits");
+  const blocks = matrix.blocks.map((block) => ({
+    n: block.n,
+    group: bindGroup(gpu, `${label} prefill`, bindings, [
+      step,
+      uniforms.add(block, { row_base: 0, row_cap: maxRows, range: "prefill" }),
+      input.buffer,
+      output.buffer,
+      block.weights,
+      ...(code ? [matrix.codebooks!, block.scales!] : []),
+    ]),
+  }));
+  return { pipelines, blocks };
+}
+
+/** Bytes of one row's partial sums. */
+function partialRowBytes(n: number, order: Matrix["order"]): number {
+  return order.splits * roundUp(n, order.rowBlock) * 4;
+}
+
+/** Rows whose partial sums the scratch holds. */
+function scratchRows({ gpu, matrix, scratch, maxRows, label }: LinearOptions): number {
+  const bytes = Math.min(scratch.size, gpu.limits.maxStorageBufferBindingSize);
+  const rows = Math.floor(bytes / partialRowBytes(matrix.n, matrix.order));
+  invariant(rows >= 1, `the scratch of ${scratch.size} bytes holds a row of ${label}`);
+  if (rows < MAX_BATCH) return 1 << Math.floor(Math.log2(rows));
+  return Math.min(rows - rows % MAX_BATCH, roundUp(maxRows, MAX_BATCH));
+}
+
+/** The uniforms of a layer's dispatches, in one buffer. */
+class Uniforms {
+  readonly buffer: GPUBuffer;
+  readonly #words: Uint32Array<ArrayBuffer>;
+  readonly #stride: number;
+  readonly #options: LinearOptions;
+  #count = 0;
+
+  constructor(options: LinearOptions) {
+    const { gpu, matrix, ranges, maxRows, label } = options;
+    this.#options = options;
+    this.#stride = roundUp(PARAM_BYTES, gpu.limits.minUniformBufferOffsetAlignment);
+    const chunks = matrix.order.splits === 1 ? 1 : Math.ceil(maxRows / scratchRows(options));
+    const entries = ranges.reduce((sum, range) => sum + (range === "prefill" ? 1 : chunks), 0);
+    const bytes = Math.max(1, entries * matrix.blocks.length) * this.#stride;
+    this.#words = new Uint32Array(bytes / 4);
+    this.buffer = gpu.buffer(
+      `${label} uniforms`,
+      bytes,
+      GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST,
+    );
+  }
+
+  add(
+    block: MatrixBlock,
+    at: { row_base: number; row_cap: number; range: RowRange },
+  ): GPUBufferBinding {
+    const { matrix, input, output } = this.#options;
+    const params: Params = {
+      n: block.n,
+      k: matrix.k,
+      x_stride: input.stride,
+      x_offset: input.offset,
+      y_stride: output.stride,
+      y_offset: output.offset + block.start,
+      units: matrix.order.units,
+      split_units: matrix.order.splitUnits,
+      splits: matrix.order.splits,
+      row_base: at.row_base,
+      row_cap: at.row_cap,
+      partial_stride: roundUp(matrix.n, matrix.order.rowBlock),
+      range: RANGE_CODES[at.range],
+    };
+    const offset = this.#stride * this.#count++;
+    this.#words.set(PARAM_WORDS.map((word) => params[word]), offset / 4);
+    return { buffer: this.buffer, offset, size: PARAM_BYTES };
+  }
+
+  upload(gpu: Gpu): void {
+    gpu.write(this.buffer, 0, this.#words);
+  }
+}
+
+function bindGroup(
+  gpu: Gpu,
+  label: string,
+  bindings: readonly BindingKind[],
+  resources: readonly (GPUBuffer | GPUBufferBinding)[],
+): GPUBindGroup {
+  const bound = gpu.limits.maxStorageBufferBindingSize;
+  return gpu.device.createBindGroup({
+    label,
+    layout: gpu.bindings(bindings),
+    entries: resources.map((resource, binding) => {
+      if ("buffer" in resource) return { binding, resource };
+      const size = bindings[binding] === "uniform" ? STEP_BYTES : Math.min(resource.size, bound);
+      return { binding, resource: { buffer: resource, size } };
+    }),
+  });
+}

@@ -1,0 +1,331 @@
+/**
+ * Puts the weights of one matrix onto the GPU: read in slices, checked, tiled, and cut into row blocks
+ * where a storage binding could not hold it.
+ *
+ * @module
+ */
+import { FleetError, invariant } from "../../shared/errors.ts";
+import type { CodeGemmFormat, DType, TensorInfo, TensorSource } from "../../shared/model_config.ts";
+import { DTYPE_BYTES } from "../../shared/model_config.ts";
+import type { Gpu } from "../gpu.ts";
+import { toFloat16 } from "./float16.ts";
+import { denseStoredK, tileDenseRows, tileLines } from "./layout.ts";
+import type { Tuning } from "./order.ts";
+import { checkFormat, codeOrder, DEFAULT_TUNING, denseOrder, roundUp } from "./order.ts";
+import type { Matrix, MatrixBlock, MatrixShape } from "./types.ts";
+
+/** Bytes of a checkpoint held at a time. */
+const SLICE_BYTES = 4 * 1024 * 1024;
+/** Written bytes after which we wait for the GPU, so that staging memory stays small. */
+const FLUSH_BYTES = 64 * 1024 * 1024;
+
+/** How to load, where the defaults do not do. */
+export interface LoadOptions {
+  /** The largest storage binding to make; the adapter's limit if that is less. */
+  maxBindingBytes?: number;
+  tuning?: Tuning;
+}
+
+/**
+ * Loads a matrix: `NAME.codes`, `.codebooks` and `.scales` when the checkpoint is quantized and has
+ * them, else the dense `NAME.weight` (a quantizer may leave matrices as they were).
+ *
+ * @param name `model.layers.0.self_attn.q_proj`, `lm_head`, `model.embed_tokens`
+ * @param format the checkpoint's; null when it is not quantized
+ * @throws FleetError `bad-checkpoint` naming the tensor that is missing, of the wrong shape or type,
+ * NaN, infinite, or beyond float16
+ * @throws FleetError `out-of-memory`
+ */
+export function loadMatrix(
+  gpu: Gpu,
+  tensors: TensorSource,
+  name: string,
+  shape: MatrixShape,
+  format: CodeGemmFormat | null,
+  options: LoadOptions = {},
+): Promise<Matrix> {
+  return format !== null && tensors.has(`${name}.codes`)
+    ? loadCodes(gpu, tensors, name, shape, format, options)
+    : loadDense(gpu, tensors, name, shape, options);
+}
+
+async function loadDense(
+  gpu: Gpu,
+  tensors: TensorSource,
+  name: string,
+  shape: MatrixShape,
+  options: LoadOptions,
+): Promise<Matrix> {
+  const [n, k] = shape;
+  const info = expectTensor(tensors, `${name}.weight`, ["F16", "BF16", "F32"], [n, k]);
+  const order = denseOrder(shape, options.tuning ?? DEFAULT_TUNING);
+  const { rowBlock } = order;
+  const blockBytes = rowBlock * denseStoredK(k) * 2;
+  const blocks = await allocateBlocks(gpu, name, n, rowBlock, blockBytes, 0, options);
+  const matrix = makeMatrix(name, shape, null, order, blocks, null);
+  await orDestroy(matrix, async () => {
+    const writer = new Writer(gpu);
+    const tile = new Uint16Array(blockBytes / 2);
+    const rowBytes = k * DTYPE_BYTES[info.dtype];
+    const sliceRows = Math.max(1, Math.floor(SLICE_BYTES / rowBytes));
+    for (const block of blocks) {
+      for (let at = 0; at < block.n; at += rowBlock) {
+        const rows = Math.min(rowBlock, block.n - at);
+        if (rows < rowBlock) tile.fill(0);
+        for (let first = 0; first < rows; first += sliceRows) {
+          const count = Math.min(sliceRows, rows - first);
+          const from = (block.start + at + first) * rowBytes;
+          const bytes = await tensors.read(info.name, from, count * rowBytes);
+          const values = toFloat16(bytes, info.dtype, info.name);
+          tileDenseRows(values, tile, { k, rows: count, first, rowBlock });
+        }
+        await writer.write(block.weights, (at / rowBlock) * blockBytes, tile);
+      }
+    }
+  });
+  return matrix;
+}
+
+async function loadCodes(
+  gpu: Gpu,
+  tensors: TensorSource,
+  name: string,
+  shape: MatrixShape,
+  format: CodeGemmFormat,
+  options: LoadOptions,
+): Promise<Matrix> {
+  checkFormat(name, shape, format);
+  const [n, k] = shape;
+  const { m, v, g } = format;
+  const words = k / (4 * v);
+  const groups = k / g;
+  const codes = expectTensor(tensors, `${name}.codes`, ["I32"], [m, words, n]);
+  const books = expectTensor(tensors, `${name}.codebooks`, ["F16"], [m, 256, v]);
+  const scales = expectTensor(tensors, `${name}.scales`, ["F16"], [groups, n]);
+  const order = codeOrder(shape, format, options.tuning ?? DEFAULT_TUNING);
+  const { rowBlock } = order;
+
+  const centroids = toFloat16(await tensors.read(books.name, 0, books.bytes), "F16", books.name);
+  const blocks = await allocateBlocks(
+    gpu,
+    name,
+    n,
+    rowBlock,
+    rowBlock * words * m * 4,
+    rowBlock * groups * 2,
+    options,
+  );
+  const codebooks = await gpu.allocate(name, () => gpu.upload(`${name}.codebooks`, centroids));
+  const matrix = makeMatrix(name, shape, format, order, blocks, codebooks);
+  await orDestroy(matrix, async () => {
+    const writer = new Writer(gpu);
+    await streamLines(writer, n, rowBlock, words, m, 4, blocks.map((block) => block.weights), {
+      blocks,
+      read: async (plane, first, lines) => {
+        const at = (plane * words + first) * n * 4;
+        return asWords(await tensors.read(codes.name, at, lines * n * 4));
+      },
+      tile: (elements) => new Uint32Array(elements),
+    });
+    await streamLines(writer, n, rowBlock, groups, 1, 2, blocks.map((block) => block.scales!), {
+      blocks,
+      read: async (_plane, first, lines) =>
+        toFloat16(
+          await tensors.read(scales.name, first * n * 2, lines * n * 2),
+          "F16",
+          scales.name,
+        ),
+      tile: (elements) => new Uint16Array(elements),
+    });
+  });
+  return matrix;
+}
+
+/**
+ * Streams a tensor of `(planes, lines, N)` into row blocks of `[lines][planes][rowBlock]`, a few lines
+ * of all planes at a time.
+ */
+async function streamLines<T extends Uint32Array<ArrayBuffer> | Uint16Array<ArrayBuffer>>(
+  writer: Writer,
+  n: number,
+  rowBlock: number,
+  lines: number,
+  planes: number,
+  elementBytes: number,
+  buffers: GPUBuffer[],
+  source: {
+    blocks: readonly MatrixBlock[];
+    read(plane: number, first: number, lines: number): Promise<T>;
+    tile(elements: number): T;
+  },
+): Promise<void> {
+  const sliceLines = Math.max(1, Math.floor(SLICE_BYTES / (planes * n * elementBytes)));
+  for (let first = 0; first < lines; first += sliceLines) {
+    const count = Math.min(sliceLines, lines - first);
+    const slices: T[] = [];
+    for (let plane = 0; plane < planes; plane++) {
+      slices.push(await source.read(plane, first, count));
+    }
+    const stride = count * planes * rowBlock;
+    for (const [i, block] of source.blocks.entries()) {
+      const rowBlocks = Math.ceil(block.n / rowBlock);
+      const out = source.tile(rowBlocks * stride);
+      slices.forEach((slice, plane) =>
+        tileLines(slice, out, {
+          total: n,
+          lines: count,
+          from: block.start,
+          rows: block.n,
+          rowBlock,
+          blockStride: stride,
+          lineStride: planes * rowBlock,
+          base: plane * rowBlock,
+        })
+      );
+      for (let b = 0; b < rowBlocks; b++) {
+        const at = ((b * lines + first) * planes) * rowBlock * elementBytes;
+        await writer.write(
+          buffers[i],
+          at,
+          out.subarray(b * stride, (b + 1) * stride) as ArrayBufferView<ArrayBuffer>,
+        );
+      }
+    }
+  }
+}
+
+/** Writes to buffers, and waits now and then for the GPU to take what was written. */
+class Writer {
+  #pending = 0;
+
+  constructor(readonly gpu: Gpu) {}
+
+  async write(buffer: GPUBuffer, offset: number, data: ArrayBufferView<ArrayBuffer>) {
+    this.gpu.write(buffer, offset, data);
+    this.#pending += data.byteLength;
+    if (this.#pending < FLUSH_BYTES) return;
+    this.#pending = 0;
+    this.gpu.device.queue.submit([]);
+    await this.gpu.device.queue.onSubmittedWorkDone();
+    this.gpu.check();
+  }
+}
+
+/** Cuts N into blocks of whole row blocks that fit a binding, and allocates them. */
+function allocateBlocks(
+  gpu: Gpu,
+  name: string,
+  n: number,
+  rowBlock: number,
+  weightBytes: number,
+  scaleBytes: number,
+  options: LoadOptions,
+): Promise<MatrixBlock[]> {
+  const bound = Math.min(
+    options.maxBindingBytes ?? Infinity,
+    gpu.limits.maxStorageBufferBindingSize,
+    gpu.limits.maxBufferSize,
+  );
+  const perBinding = Math.floor(bound / Math.max(weightBytes, scaleBytes));
+  if (perBinding < 1) {
+    throw new FleetError(
+      "out-of-memory",
+      `${name} needs storage bindings of ${Math.max(weightBytes, scaleBytes)} bytes; ` +
+        `${gpu.info.name} offers ${bound}`,
+    );
+  }
+  return gpu.allocate(name, () => {
+    const blocks: MatrixBlock[] = [];
+    for (let start = 0; start < n; start += perBinding * rowBlock) {
+      const rows = Math.min(perBinding * rowBlock, n - start);
+      const count = Math.ceil(rows / rowBlock);
+      blocks.push({
+        start,
+        n: rows,
+        weights: gpu.storage(`${name} weights from ${start}`, count * weightBytes),
+        scales: scaleBytes === 0
+          ? null
+          : gpu.storage(`${name} scales from ${start}`, count * scaleBytes),
+      });
+    }
+    return blocks;
+  });
+}
+
+function makeMatrix(
+  name: string,
+  [n, k]: MatrixShape,
+  format: CodeGemmFormat | null,
+  order: Matrix["order"],
+  blocks: MatrixBlock[],
+  codebooks: GPUBuffer | null,
+): Matrix {
+  const buffers = [...blocks.flatMap((block) => [block.weights, block.scales]), codebooks]
+    .filter((buffer) => buffer !== null);
+  return {
+    name,
+    n,
+    k,
+    format,
+    order,
+    blocks,
+    codebooks,
+    bytes: buffers.reduce((sum, buffer) => sum + buffer.size, 0),
+    destroy: () => buffers.forEach((buffer) => buffer.destroy()),
+  };
+}
+
+async function orDestroy(matrix: Matrix, fill: () => Promise<void>): Promise<void> {
+  try {
+    await fill();
+  } catch (error) {
+    matrix.destroy();
+    throw error;
+  }
+}
+
+function expectTensor(
+  tensors: TensorSource,
+  name: string,
+  dtypes: DType[],
+  shape: number[],
+): TensorInfo {
+  const info = tensors.info(name);
+  if (!dtypes.includes(info.dtype)) {
+    throw new FleetError(
+      "bad-checkpoint",
+      `Tensor ${name} has type ${info.dtype}; it must be ${dtypes.join(" or ")}`,
+    );
+  }
+  if (info.shape.join() !== shape.join()) {
+    throw new FleetError(
+      "bad-checkpoint",
+      `Tensor ${name} has shape (${info.shape.join(", ")}); ` +
+        `config.json makes it (${shape.join(", ")})`,
+    );
+  }
+  invariant(
+    info.bytes === shape.reduce((a, b) => a * b, DTYPE_BYTES[info.dtype]),
+    `the source checked the size of ${name}`,
+  );
+  return info;
+}
+
+function asWords(bytes: Uint8Array<ArrayBuffer>): Uint32Array<ArrayBuffer> {
+  const aligned = bytes.byteOffset % 4 === 0 ? bytes : bytes.slice();
+  return new Uint32Array(aligned.buffer, aligned.byteOffset, aligned.byteLength / 4);
+}
+
+/** GPU bytes of a matrix, padding included: what {@linkcode loadMatrix} will allocate. */
+export function matrixBytes(
+  shape: MatrixShape,
+  format: CodeGemmFormat | null,
+  tuning: Tuning = DEFAULT_TUNING,
+): number {
+  const [n, k] = shape;
+  if (format === null) {
+    return roundUp(n, denseOrder(shape, tuning).rowBlock) * denseStoredK(k) * 2;
+  }
+  const rows = roundUp(n, codeOrder(shape, format, tuning).rowBlock);
+  return rows * (k / format.v * format.m + k / format.g * 2) + format.m * 256 * format.v * 2;
+}

@@ -1,0 +1,167 @@
+/**
+ * The order in which a linear layer sums: part of the numerics profile. It follows from the shape of
+ * the whole matrix, its format and the kernel family, and from nothing else: not from how many rows
+ * run, not from the adapter's limits, not from how the matrix is cut into bindings. Two kernels of
+ * one order give the same bits.
+ *
+ * @module
+ */
+import { FleetError, invariant } from "../../shared/errors.ts";
+import type { CodeGemmFormat } from "../../shared/model_config.ts";
+import type { MatrixShape } from "./types.ts";
+
+/** Consecutive K that may be summed in float16 (DESIGN). */
+const FLOAT16_SUM_K = 16;
+const ROW_BLOCK_STEP = 256;
+
+/** What decides the order beside shape and format; a changed default is a new profile version. */
+export interface Tuning {
+  /** K of one unit: its code words sit in registers, its Psumbooks in workgroup memory. */
+  unitK: number;
+  /** Workgroups a decode dispatch should have at one row, to fill a large GPU. */
+  wantedWorkgroups: number;
+  /** Rows of N in the largest row block, a multiple of 256: what one workgroup covers. */
+  maxRowBlock: number;
+  /** K that a dense split has at least. */
+  denseMinSplitK: number;
+}
+
+/** The tuning of profile version 1. */
+export const DEFAULT_TUNING: Tuning = {
+  unitK: 64,
+  wantedWorkgroups: 640,
+  maxRowBlock: 2048,
+  denseMinSplitK: 512,
+};
+
+/** Rows of N in a row block of a dense matrix. */
+export const DENSE_ROW_BLOCK = 128;
+/** K of a dense tile; weights are padded with zeros to multiples of {@linkcode DENSE_K_ALIGN}. */
+export const DENSE_TILE_K = 256;
+/** One 16-byte word: 8 float16 weights of one row. */
+export const DENSE_OCTET = 8;
+/** Four octets, so that the kernel's inner loop has no tail. */
+export const DENSE_K_ALIGN = 32;
+
+/** How partial sums over K are made and put together. */
+export interface SplitOrder {
+  /** Rows of N that a workgroup covers. */
+  rowBlock: number;
+  /** Units of K of the whole matrix, and of one split (the last may be shorter). */
+  units: number;
+  splitUnits: number;
+  /** Partial sums per output; 1 is stored at once. */
+  splits: number;
+  /** The splits are summed in this many runs, then the runs. */
+  slices: number;
+}
+
+/** The order of a CodeGEMM matrix; a position is `v` consecutive weights. */
+export interface CodeOrder extends SplitOrder {
+  kind: "code";
+  /** Positions of a unit; a multiple of 4, so whole code words. */
+  unitPositions: number;
+  /** Positions summed in float16 before they are scaled and added in float32. */
+  groupPositions: number;
+  /** Positions of a run within a unit that has one scale. */
+  segmentPositions: number;
+  /** Positions that share a scale: `g / v`. */
+  scalePositions: number;
+}
+
+/** The order of a dense matrix; a unit is {@linkcode DENSE_TILE_K} of K. */
+export interface DenseOrder extends SplitOrder {
+  kind: "dense";
+}
+
+/**
+ * Checks that a matrix can be in this format.
+ *
+ * @throws FleetError `bad-checkpoint` naming the matrix
+ */
+export function checkFormat(name: string, [n, k]: MatrixShape, format: CodeGemmFormat): void {
+  const { m, v, g, b } = format;
+  const refuse = (reason: string): never => {
+    throw new FleetError(
+      "bad-checkpoint",
+      `${name} (${n} x ${k}) cannot be CodeGEMM m${m}v${v}g${g} with ${b}-bit codes: ${reason}`,
+    );
+  };
+  for (const [what, value] of Object.entries({ m, v, g, n, k })) {
+    if (!Number.isSafeInteger(value) || value < 1) refuse(`${what} must be a positive integer`);
+  }
+  if (b !== 8) refuse("only 8-bit codes are supported");
+  if (k % (4 * v) !== 0) refuse(`a word holds 4 codes of ${v} weights, and ${4 * v} must divide K`);
+  if (g % v !== 0) refuse(`${v} must divide the scale group of ${g}`);
+  if (k % g !== 0) refuse(`the scale group of ${g} must divide K`);
+  if (v > 64) refuse("vectors longer than 64 are not supported");
+  if (m > 16) refuse("more than 16 codebooks are not supported");
+}
+
+/** The order of a CodeGEMM matrix of a checked format. */
+export function codeOrder(
+  [n, k]: MatrixShape,
+  format: CodeGemmFormat,
+  tuning: Tuning = DEFAULT_TUNING,
+): CodeOrder {
+  const positions = k / format.v;
+  const scalePositions = format.g / format.v;
+  const unitPositions = largestDivisor(
+    positions,
+    Math.max(4, Math.floor(tuning.unitK / format.v)),
+    4,
+  );
+  const segmentPositions = gcd(unitPositions, scalePositions);
+  const groupPositions = largestDivisor(
+    segmentPositions,
+    Math.max(1, Math.floor(FLOAT16_SUM_K / format.v)),
+    1,
+  );
+  const blocks = Math.ceil(n / tuning.maxRowBlock);
+  const rowBlock = roundUp(Math.ceil(n / blocks), ROW_BLOCK_STEP);
+  return {
+    kind: "code",
+    unitPositions,
+    groupPositions,
+    segmentPositions,
+    scalePositions,
+    rowBlock,
+    ...splitUnits(positions / unitPositions, Math.ceil(n / rowBlock), 1, tuning),
+  };
+}
+
+/** The order of a dense matrix. */
+export function denseOrder([n, k]: MatrixShape, tuning: Tuning = DEFAULT_TUNING): DenseOrder {
+  return {
+    kind: "dense",
+    rowBlock: DENSE_ROW_BLOCK,
+    ...splitUnits(
+      Math.ceil(k / DENSE_TILE_K),
+      Math.ceil(n / DENSE_ROW_BLOCK),
+      Math.ceil(tuning.denseMinSplitK / DENSE_TILE_K),
+      tuning,
+    ),
+  };
+}
+
+function splitUnits(units: number, rowBlocks: number, minUnits: number, tuning: Tuning) {
+  const wanted = Math.max(1, Math.ceil(tuning.wantedWorkgroups / rowBlocks));
+  const perSplit = Math.min(units, Math.max(minUnits, Math.ceil(units / wanted)));
+  const splits = Math.ceil(units / perSplit);
+  return { units, splitUnits: perSplit, splits, slices: splits > 16 ? 8 : 1 };
+}
+
+/** The largest divisor of `value` that is at most `bound` and a multiple of `step`. */
+function largestDivisor(value: number, bound: number, step: number): number {
+  for (let d = bound - bound % step; d >= step; d -= step) if (value % d === 0) return d;
+  invariant(false, `${step} divides ${value}`);
+}
+
+function gcd(a: number, b: number): number {
+  return b === 0 ? a : gcd(b, a % b);
+}
+
+/** `value` rounded up to a multiple of `step`. */
+export function roundUp(value: number, step: number): number {
+  return Math.ceil(value / step) * step;
+}

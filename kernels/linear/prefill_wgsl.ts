@@ -1,0 +1,235 @@
+/**
+ * WGSL of the prefill kernels: a tile of weights (dequantized, for CodeGEMM) and a tile of
+ * activations in workgroup memory, multiplied with a patch of outputs in each thread's registers.
+ *
+ * An output is one chain of float32 multiply-adds by rising K, whatever the tile. Dequantized weights
+ * are rounded to float16, as implementations that dequantize whole matrices do.
+ *
+ * @module
+ */
+import type { CodeGemmFormat } from "../../shared/model_config.ts";
+import type { LinearStore } from "../kernel.ts";
+import type { CodeOrder } from "./order.ts";
+import { DENSE_K_ALIGN, DENSE_OCTET, DENSE_ROW_BLOCK } from "./order.ts";
+import { HEADER_WGSL, putWgsl, spread, times } from "./wgsl.ts";
+
+/** The tile of outputs of a workgroup. None of this changes a bit of the result. */
+export interface PrefillTile {
+  /** Rows of the step, and rows of N, that a workgroup computes. */
+  rows: number;
+  columns: number;
+  /** Rows and columns of one thread's patch. */
+  patchRows: number;
+  patchColumns: number;
+}
+
+/** What a prefill kernel is generated from; `code` is null for dense. */
+export interface PrefillKernel {
+  tile: PrefillTile;
+  code: { format: CodeGemmFormat; order: CodeOrder } | null;
+  store: LinearStore;
+}
+
+/** Threads of a prefill workgroup. */
+export function prefillThreads(tile: PrefillTile): number {
+  return (tile.rows / tile.patchRows) * (tile.columns / tile.patchColumns);
+}
+
+/** K of a tile: whole code words, around 32. */
+function tileK(kernel: PrefillKernel): number {
+  if (kernel.code === null) return DENSE_K_ALIGN;
+  const wordK = 4 * kernel.code.format.v;
+  return Math.max(1, Math.floor(32 / wordK)) * wordK;
+}
+
+/** The kernel's code; dispatched over (tiles of N, tiles of rows). */
+export function prefillWgsl(kernel: PrefillKernel): string {
+  const { tile, store } = kernel;
+  const threads = prefillThreads(tile);
+  const threadColumns = tile.columns / tile.patchColumns;
+  const depth = tileK(kernel);
+  const quads = depth / 4;
+  const weights = kernel.code === null
+    ? denseTile(tile, threads)
+    : codeTile(kernel.code, tile, threads, depth);
+  const products = times(
+    4,
+    (e) =>
+      times(
+        tile.patchRows,
+        (r) =>
+          times(tile.patchColumns, (c) =>
+            `acc${r}_${c} = fma(a${r}.${"xyzw"[e]}, b${c}.${"xyzw"[e]}, acc${r}_${c});`),
+      ),
+  );
+
+  return /* wgsl */ `${HEADER_WGSL}
+@group(0) @binding(2) var<storage, read> x: array<f16>;
+@group(0) @binding(3) var<storage, read_write> y: array<f32>;
+${weights.declarations}
+${putWgsl(store)}
+// [K / 4][row] and [K / 4][column]
+var<workgroup> tile_x: array<vec4<f16>, ${quads * tile.rows}>;
+var<workgroup> tile_w: array<vec4<f16>, ${quads * tile.columns}>;
+
+fn activation(row_at: u32, k: u32) -> f16 {
+  return x[row_at + k];
+}
+
+@compute @workgroup_size(${threads})
+fn main(
+  @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) workgroup: vec3<u32>,
+) {
+  let column0 = workgroup.x * ${tile.columns}u;
+  let row0 = workgroup.y * ${tile.rows}u;
+  let rows = range_rows();
+  if (row0 >= rows) { return; }
+  let tx = lane % ${threadColumns}u;
+  let ty = lane / ${threadColumns}u;
+  let busy = row0 + ty * ${tile.patchRows}u < rows;
+${times(tile.patchRows, (r) => times(tile.patchColumns, (c) => `  var acc${r}_${c} = 0.0;`))}
+${weights.prologue}
+  for (var k0 = 0u; k0 < params.k; k0 += ${depth}u) {
+    workgroupBarrier();
+    ${
+    spread(
+      quads * tile.rows,
+      threads,
+      `let row = row0 + i / ${quads}u;
+      let k = k0 + (i % ${quads}u) * 4u;
+      var v = vec4<f16>(0.0h);
+      if (row < rows) {
+        let at = params.x_offset + (range_start() + row) * params.x_stride + k;
+        if (k < params.k) { v.x = x[at]; }
+        if (k + 1u < params.k) { v.y = x[at + 1u]; }
+        if (k + 2u < params.k) { v.z = x[at + 2u]; }
+        if (k + 3u < params.k) { v.w = x[at + 3u]; }
+      }
+      tile_x[(i % ${quads}u) * ${tile.rows}u + i / ${quads}u] = v;`,
+    )
+  }
+${weights.load}
+    workgroupBarrier();
+    if (busy) {
+      for (var q = 0u; q < ${quads}u; q++) {
+${
+    times(tile.patchRows, (r) =>
+      `        let a${r} = vec4<f32>(tile_x[q * ${tile.rows}u + ty * ${tile.patchRows}u + ${r}u]);`)
+  }
+${
+    times(tile.patchColumns, (c) =>
+      `        let b${c} = vec4<f32>(tile_w[q * ${tile.columns}u + tx + ${c * threadColumns}u]);`)
+  }
+${products}
+      }
+    }
+  }
+${
+    times(tile.patchRows, (r) =>
+      `  if (row0 + ty * ${tile.patchRows}u + ${r}u < rows) {
+    let row = range_start() + row0 + ty * ${tile.patchRows}u + ${r}u;
+${
+        times(tile.patchColumns, (c) =>
+          `    if (column0 + tx + ${c * threadColumns}u < params.n) { put(row, column0 + tx + ${
+            c * threadColumns
+          }u, acc${r}_${c}); }`)
+      }
+  }`)
+  }
+}
+`;
+}
+
+interface TileSource {
+  declarations: string;
+  prologue: string;
+  load: string;
+}
+
+function denseTile(tile: PrefillTile, threads: number): TileSource {
+  const octets = DENSE_K_ALIGN / DENSE_OCTET;
+  return {
+    declarations: `@group(0) @binding(4) var<storage, read> weights: array<vec4<u32>>;`,
+    prologue: `  let octets = (params.k + ${DENSE_K_ALIGN - 1}u) / ${DENSE_K_ALIGN}u * ${octets}u;
+  let row_block = column0 / ${DENSE_ROW_BLOCK}u * octets;`,
+    load: spread(
+      octets * tile.columns,
+      threads,
+      `let o = i / ${tile.columns}u;
+      let column = i % ${tile.columns}u;
+      let w = weights[(row_block + k0 / ${DENSE_OCTET}u + o) * ${DENSE_ROW_BLOCK}u + column0 % ${DENSE_ROW_BLOCK}u + column];
+      tile_w[2u * o * ${tile.columns}u + column] = vec4<f16>(vec4<f32>(unpack2x16float(w.x), unpack2x16float(w.y)));
+      tile_w[(2u * o + 1u) * ${tile.columns}u + column] = vec4<f16>(vec4<f32>(unpack2x16float(w.z), unpack2x16float(w.w)));`,
+    ),
+  };
+}
+
+function codeTile(
+  { format: { m, v }, order }: { format: CodeGemmFormat; order: CodeOrder },
+  tile: PrefillTile,
+  threads: number,
+  depth: number,
+): TileSource {
+  const words = depth / (4 * v);
+  const vectors = v % 4 === 0;
+  const element = (position: number, e: number) => {
+    const terms = Array.from({ length: m }, (_, k) => {
+      const at = `(${k * 256}u + ((word${k} >> ${8 * position}u) & 255u))`;
+      return vectors
+        ? `f32(codebooks[${at} * ${v / 4}u + ${e >> 2}u].${"xyzw"[e & 3]})`
+        : `f32(codebooks[${at} * ${v}u + ${e}u])`;
+    });
+    return `scale${position} * (${terms.join(" + ")})`;
+  };
+  const quadValue = (quad: number) => {
+    const position = Math.floor(quad * 4 / v);
+    if (vectors) {
+      const terms = Array.from(
+        { length: m },
+        (_, k) =>
+          `vec4<f32>(codebooks[(${k * 256}u + ((word${k} >> ${8 * position}u) & 255u)) * ${
+            v / 4
+          }u + ${(quad * 4 % v) / 4}u])`,
+      );
+      return `scale${position} * (${terms.join(" + ")})`;
+    }
+    const values = [0, 1, 2, 3].map((i) =>
+      element(Math.floor((quad * 4 + i) / v), (quad * 4 + i) % v)
+    );
+    return `vec4<f32>(${values.join(", ")})`;
+  };
+  return {
+    declarations: `@group(0) @binding(4) var<storage, read> codes: array<u32>;
+@group(0) @binding(5) var<storage, read> codebooks: array<${vectors ? "vec4<f16>" : "f16"}>;
+@group(0) @binding(6) var<storage, read> scales: array<f16>;`,
+    prologue: `  let word_count = params.k / ${4 * v}u;
+  let row_block = column0 / ${order.rowBlock}u;
+  let in_block = column0 % ${order.rowBlock}u;
+  let scale_block = row_block * (params.k / ${v * order.scalePositions}u);`,
+    load: spread(
+      words * tile.columns,
+      threads,
+      `let column = i % ${tile.columns}u;
+      let in_tile = i / ${tile.columns}u;
+      let at = k0 / ${4 * v}u + in_tile;
+      if (at < word_count) {
+${
+        times(m, (k) =>
+          `        let word${k} = codes[((row_block * word_count + at) * ${m}u + ${k}u) * ${order.rowBlock}u + in_block + column];`)
+      }
+${
+        times(4, (p) =>
+          `        let scale${p} = f32(scales[(scale_block + (at * 4u + ${p}u) / ${order.scalePositions}u) * ${order.rowBlock}u + in_block + column]);`)
+      }
+        let to = in_tile * ${v * tile.columns}u + column;
+${
+        times(v, (quad) =>
+          `        tile_w[to + ${quad * tile.columns}u] = vec4<f16>(${quadValue(quad)});`)
+      }
+      } else {
+        for (var q = 0u; q < ${v}u; q++) { tile_w[(in_tile * ${v}u + q) * ${tile.columns}u + column] = vec4<f16>(0.0h); }
+      }`,
+    ),
+  };
+}

@@ -1,0 +1,218 @@
+/**
+ * Plain loops that say what the linear kernels compute: weights as numbers, the exact product in
+ * float64, and each kernel's own order of operations in emulated precision.
+ *
+ * @module
+ */
+import type { CodeGemmFormat, TensorSource } from "../../shared/model_config.ts";
+import type { CodeOrder, DenseOrder, SplitOrder } from "./order.ts";
+import type { MatrixShape } from "./types.ts";
+
+/** A CodeGEMM matrix in the published layout, as numbers. */
+export interface CodeTensors {
+  shape: MatrixShape;
+  format: CodeGemmFormat;
+  /** `(m, K/v/4, N)`, four codes a word */
+  codes: Uint32Array;
+  /** `(m, 256, v)` */
+  codebooks: Float16Array;
+  /** `(K/g, N)` */
+  scales: Float16Array;
+}
+
+/** Reads a CodeGEMM matrix whole. */
+export async function readCodeTensors(
+  tensors: TensorSource,
+  name: string,
+  shape: MatrixShape,
+  format: CodeGemmFormat,
+): Promise<CodeTensors> {
+  const read = async (tensor: string) =>
+    (await tensors.read(tensor, 0, tensors.info(tensor).bytes)).slice().buffer;
+  return {
+    shape,
+    format,
+    codes: new Uint32Array(await read(`${name}.codes`)),
+    codebooks: new Float16Array(await read(`${name}.codebooks`)),
+    scales: new Float16Array(await read(`${name}.scales`)),
+  };
+}
+
+/** The code of codebook `c` at vector position `i` of row `n`. */
+function codeAt({ codes, shape, format }: CodeTensors, c: number, i: number, n: number): number {
+  const word = codes[(c * (shape[1] / format.v / 4) + (i >> 2)) * shape[0] + n];
+  return (word >>> (8 * (i & 3))) & 255;
+}
+
+/** `W[n, iv + e] = scale[n, iv/g] * sum_c codebook[c, code[c, i, n], e]`, row-major `(N, K)`. */
+export function dequantize(matrix: CodeTensors): Float64Array {
+  const { shape: [n, k], format: { m, v, g }, codebooks, scales } = matrix;
+  const out = new Float64Array(n * k);
+  for (let row = 0; row < n; row++) {
+    for (let i = 0; i < k / v; i++) {
+      const scale = scales[Math.floor(i * v / g) * n + row];
+      for (let c = 0; c < m; c++) {
+        const centroid = (c * 256 + codeAt(matrix, c, i, row)) * v;
+        for (let e = 0; e < v; e++) out[row * k + i * v + e] += scale * codebooks[centroid + e];
+      }
+    }
+  }
+  return out;
+}
+
+/** The product of one row in float64, and beside it the sum of magnitudes that errors scale with. */
+export function exactProduct(
+  weights: ArrayLike<number>,
+  [n, k]: MatrixShape,
+  x: ArrayLike<number>,
+): { y: Float64Array; magnitude: Float64Array } {
+  const y = new Float64Array(n);
+  const magnitude = new Float64Array(n);
+  for (let row = 0; row < n; row++) {
+    for (let at = 0; at < k; at++) {
+      const product = weights[row * k + at] * x[at];
+      y[row] += product;
+      magnitude[row] += Math.abs(product);
+    }
+  }
+  return { y, magnitude };
+}
+
+const f32 = Math.fround;
+const f16 = Math.f16round;
+/** Float64 holds a product of float32 values exactly, so this rounds (all but) once. */
+const fma32 = (a: number, b: number, c: number) => f32(a * b + c);
+const fma16 = (a: number, b: number, c: number) => f16(a * b + c);
+
+/** The order of the `codegemm` decode kernel. */
+export function codegemmProduct(
+  matrix: CodeTensors,
+  order: CodeOrder,
+  x: ArrayLike<number>,
+): Float32Array<ArrayBuffer> {
+  const { shape: [n, k], format: { m, v }, codebooks } = matrix;
+  const positions = k / v;
+  // psumbook[(i * m + c) * 256 + code]
+  const psumbook = new Float16Array(positions * m * 256);
+  for (let i = 0; i < positions; i++) {
+    for (let c = 0; c < m; c++) {
+      for (let code = 0; code < 256; code++) {
+        let sum = f32(x[i * v] * codebooks[(c * 256 + code) * v]);
+        for (let e = 1; e < v; e++) {
+          sum = fma32(x[i * v + e], codebooks[(c * 256 + code) * v + e], sum);
+        }
+        psumbook[(i * m + c) * 256 + code] = sum;
+      }
+    }
+  }
+  return sumGroups(matrix, order, n, (row, from) => {
+    let sum = 0;
+    for (let i = from; i < from + order.groupPositions; i++) {
+      for (let c = 0; c < m; c++) {
+        sum = f16(sum + psumbook[(i * m + c) * 256 + codeAt(matrix, c, i, row)]);
+      }
+    }
+    return [sum];
+  });
+}
+
+/** The order of the `dequantize` decode kernel. */
+export function dequantizeProduct(
+  matrix: CodeTensors,
+  order: CodeOrder,
+  x: ArrayLike<number>,
+): Float32Array<ArrayBuffer> {
+  const { shape: [n], format: { m, v }, codebooks } = matrix;
+  return sumGroups(matrix, order, n, (row, from) => {
+    const sums: number[] = [];
+    let sum = 0;
+    for (let i = from; i < from + order.groupPositions; i++) {
+      for (let e = 0; e < v; e++) {
+        if (e > 0 && e % 16 === 0) {
+          sums.push(sum);
+          sum = 0;
+        }
+        let weight = 0;
+        for (let c = 0; c < m; c++) {
+          weight = f16(weight + codebooks[(c * 256 + codeAt(matrix, c, i, row)) * v + e]);
+        }
+        sum = fma16(x[i * v + e], weight, sum);
+      }
+    }
+    return [...sums, sum];
+  });
+}
+
+/** Scales the float16 sums of groups and adds them in float32 as the order says. */
+function sumGroups(
+  { shape, scales }: CodeTensors,
+  order: CodeOrder,
+  n: number,
+  group: (row: number, from: number) => number[],
+): Float32Array<ArrayBuffer> {
+  const y = new Float32Array(n);
+  for (let row = 0; row < n; row++) {
+    y[row] = sumSplits(order, (unit, sum) => {
+      for (let at = 0; at < order.unitPositions; at += order.groupPositions) {
+        const from = unit * order.unitPositions + at;
+        const scale = scales[Math.floor(from / order.scalePositions) * shape[0] + row];
+        for (const part of group(row, from)) sum = fma32(scale, part, sum);
+      }
+      return sum;
+    });
+  }
+  return y;
+}
+
+/** The order of the dense decode kernel. */
+export function denseProduct(
+  weights: ArrayLike<number>,
+  [n, k]: MatrixShape,
+  order: DenseOrder,
+  tileK: number,
+  x: ArrayLike<number>,
+): Float32Array<ArrayBuffer> {
+  const y = new Float32Array(n);
+  for (let row = 0; row < n; row++) {
+    y[row] = sumSplits(order, (unit, sum) => {
+      for (let at = unit * tileK; at < Math.min(k, (unit + 1) * tileK); at++) {
+        sum = fma32(weights[row * k + at], x[at], sum);
+      }
+      return sum;
+    });
+  }
+  return y;
+}
+
+/** Units of a split one after the other, splits of a slice, slices. */
+function sumSplits(order: SplitOrder, addUnit: (unit: number, sum: number) => number): number {
+  const perSlice = Math.ceil(order.splits / order.slices);
+  let total = 0;
+  for (let slice = 0; slice < order.slices; slice++) {
+    let sliceSum = 0;
+    const lastSplit = Math.min((slice + 1) * perSlice, order.splits);
+    for (let split = slice * perSlice; split < lastSplit; split++) {
+      let sum = 0;
+      const lastUnit = Math.min((split + 1) * order.splitUnits, order.units);
+      for (let unit = split * order.splitUnits; unit < lastUnit; unit++) sum = addUnit(unit, sum);
+      sliceSum = f32(sliceSum + sum);
+    }
+    total = f32(total + sliceSum);
+  }
+  return total;
+}
+
+/** The order of both prefill kernels: one chain by rising K, weights rounded to float16. */
+export function prefillProduct(
+  weights: ArrayLike<number>,
+  [n, k]: MatrixShape,
+  x: ArrayLike<number>,
+): Float32Array<ArrayBuffer> {
+  const y = new Float32Array(n);
+  for (let row = 0; row < n; row++) {
+    let sum = 0;
+    for (let at = 0; at < k; at++) sum = fma32(f16(weights[row * k + at]), x[at], sum);
+    y[row] = sum;
+  }
+  return y;
+}

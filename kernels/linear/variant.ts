@@ -1,0 +1,30 @@
+/**
+ * What may be tuned without changing a bit of the result, beside what the order of sums fixes.
+ *
+ * @module
+ */
+import type { CodeOrder } from "./order.ts";
+import type { PrefillTile } from "./prefill_wgsl.ts";
+import type { Batch } from "./wgsl.ts";
+
+/** A choice of kernel shapes for one linear layer. */
+export interface Variant {
+  /**
+   * Rows that a decode workgroup takes at once, rising: a step takes the smallest that holds its
+   * rows, else the largest, repeatedly. Those that do not fit into workgroup memory are left out.
+   */
+  batches: readonly Batch[];
+  /** Prefill tiles by rising rows: a step takes the smallest that holds its rows, else the largest. */
+  prefillTiles: readonly PrefillTile[];
+}
+
+/** The choice for this project's first kernels; see `linear_bench.ts` for what decides it. */
+export const DEFAULT_VARIANT: Variant = {
+  batches: [1, 2, 4, 8],
+  prefillTiles: [{ rows: 32, columns: 64, patchRows: 4, patchColumns: 4 }],
+};
+
+/** Rows of N that a thread of a CodeGEMM decode kernel holds, so that 256 threads are enough. */
+export function rowsPerThread(order: CodeOrder): 4 | 8 {
+  return order.rowBlock <= 1024 ? 4 : 8;
+}

@@ -1,0 +1,125 @@
+/**
+ * Pieces of WGSL that the generated linear kernels share.
+ *
+ * @module
+ */
+import { STEP_WGSL } from "../kernel.ts";
+import type { LinearStore } from "../kernel.ts";
+
+/** What a kernel does with its sums: into the scratch, or into the output. */
+export type Target = "partial" | LinearStore;
+
+/** Rows that a decode workgroup may take at once. */
+export type Batch = 1 | 2 | 4 | 8;
+
+/** Values of {@linkcode PARAM_WORDS}`.range`. */
+export const RANGE_CODES = { decode: 0, prefill: 1, outputs: 2 } as const;
+
+/** The words of a dispatch's uniform, in order. */
+export const PARAM_WORDS = [
+  /** Rows of N in this binding block. */
+  "n",
+  "k",
+  "x_stride",
+  "x_offset",
+  "y_stride",
+  /** Of the binding block's first row of N. */
+  "y_offset",
+  "units",
+  "split_units",
+  "splits",
+  /** The first row of this dispatch, counted within its range. */
+  "row_base",
+  /** Rows that the scratch holds. */
+  "row_cap",
+  /** Elements of a row of partial sums. */
+  "partial_stride",
+  "range",
+] as const;
+
+/** Uniform bytes of one dispatch. */
+export const PARAM_BYTES = Math.ceil(PARAM_WORDS.length / 4) * 16;
+
+/** One dispatch's uniform. */
+export type Params = Record<typeof PARAM_WORDS[number], number>;
+
+/** Everything that stands before a kernel's own bindings; those begin at `@binding(2)`. */
+export const HEADER_WGSL = /* wgsl */ `
+enable f16;
+${STEP_WGSL}
+struct Params {
+${PARAM_WORDS.map((word) => `  ${word}: u32,`).join("\n")}
+}
+@group(0) @binding(0) var<uniform> step: Step;
+@group(0) @binding(1) var<uniform> params: Params;
+
+// Rows of the range, and the first one's index in the views.
+fn range_rows() -> u32 {
+  switch params.range {
+    case ${RANGE_CODES.decode}u: { return step.decode_rows; }
+    case ${RANGE_CODES.prefill}u: { return step.rows - step.decode_rows; }
+    default: { return step.outputs; }
+  }
+}
+fn range_start() -> u32 {
+  return select(0u, step.decode_rows, params.range == ${RANGE_CODES.prefill}u);
+}
+`;
+
+/** \`put(row, n, value)\`: one finished sum into the output, row counted within the view. */
+export function putWgsl(store: LinearStore): string {
+  const value = {
+    "store": "value",
+    "add": "y[at] + value",
+    "add-round": "f32(f16(y[at] + value))",
+  }[store];
+  return /* wgsl */ `
+fn put(row: u32, n: u32, value: f32) {
+  let at = params.y_offset + row * params.y_stride + n;
+  y[at] = ${value};
+}
+`;
+}
+
+/**
+ * A batch of rows as one or two vectors: a row is a lane, so each row's arithmetic is the same
+ * whatever the batch.
+ */
+export interface BatchLanes {
+  /** Vectors of a batch. */
+  vectors: number;
+  /** Rows of one vector. */
+  lanes: number;
+  /** The WGSL type of one vector. */
+  type(element: "f16" | "f32"): string;
+  /** Row `row`'s lane of the vector variables `name0`, `name1`. */
+  lane(name: string, row: number): string;
+}
+
+/** How a batch is laid out in vectors. */
+export function batchLanes(batch: Batch): BatchLanes {
+  const lanes = Math.min(batch, 4);
+  return {
+    vectors: batch / lanes,
+    lanes,
+    type: (element) => lanes === 1 ? element : `vec${lanes}<${element}>`,
+    lane: (name, row) =>
+      lanes === 1 ? `${name}0` : `${name}${Math.floor(row / lanes)}.${"xyzw"[row % lanes]}`,
+  };
+}
+
+/** `count` strings. */
+export function times(count: number, make: (i: number) => string): string {
+  return Array.from({ length: count }, (_, i) => make(i)).join("\n");
+}
+
+/**
+ * A statement that runs `body` for every `i` in `[0, count)`, spread over the workgroup's threads;
+ * `body` reads `i`. Unrolled where it divides evenly, since loops cost more than they look.
+ */
+export function spread(count: number, threads: number, body: string): string {
+  if (count % threads === 0 && count / threads <= 4) {
+    return times(count / threads, (j) => `{ let i = lane + ${j * threads}u;\n${body} }`);
+  }
+  return `for (var i = lane; i < ${count}u; i += ${threads}u) {\n${body}\n}`;
+}
