@@ -99,9 +99,11 @@ fn share64(whole: vec2<u32>, top_p: f32) -> vec2<u32> {
   return share;
 }
 
-/** Of digit d and all above: (count, mass). */
-var<workgroup> count_from: array<u32, 257>;
-var<workgroup> mass_from: array<vec2<u32>, 257>;
+/** Of every digit, and of every sixteen digits. */
+var<workgroup> digit_counts: array<u32, 256>;
+var<workgroup> digit_masses: array<vec2<u32>, 256>;
+var<workgroup> block_counts: array<u32, 16>;
+var<workgroup> block_masses: array<vec2<u32>, 16>;
 
 @compute @workgroup_size(WORKGROUP)
 fn narrow(
@@ -112,48 +114,62 @@ fn narrow(
   let request = requests[row];
   if (!filtered(request)) { return; }
   let at = (row * 256u + digit) * 4u;
-  var count = atomicExchange(&histograms[at], 0u);
+  let count = atomicExchange(&histograms[at], 0u);
   let high = atomicExchange(&histograms[at + 1u], 0u);
   let middle = atomicExchange(&histograms[at + 2u], 0u);
   let low = atomicExchange(&histograms[at + 3u], 0u);
-  var mass = mass64(high, middle, low);
-  var state = states[row];
-
-  count_from[digit] = count;
-  mass_from[digit] = mass;
-  if (digit == 0u) {
-    count_from[256] = 0u;
-    mass_from[256] = vec2<u32>(0u, 0u);
-  }
-  for (var distance = 1u; distance < 256u; distance <<= 1u) {
-    workgroupBarrier();
-    if (digit + distance < 256u) {
-      count = count + count_from[digit + distance];
-      mass = add64(mass, mass_from[digit + distance]);
+  let mass = mass64(high, middle, low);
+  let state = states[row];
+  digit_counts[digit] = count;
+  digit_masses[digit] = mass;
+  storageBarrier(); // the state is read by all before one thread changes it
+  workgroupBarrier();
+  if (digit < 16u) {
+    var block_count = 0u;
+    var block_mass = vec2<u32>(0u, 0u);
+    for (var i = 16u * digit; i < 16u * digit + 16u; i++) {
+      block_count = block_count + digit_counts[i];
+      block_mass = add64(block_mass, digit_masses[i]);
     }
-    workgroupBarrier();
-    count_from[digit] = count;
-    mass_from[digit] = mass;
+    block_counts[digit] = block_count;
+    block_masses[digit] = block_mass;
   }
   workgroupBarrier();
 
+  // Of all higher digits: those of the same block, then the blocks above.
+  let block = digit >> 4u;
+  var count_above = 0u;
+  var mass_above = vec2<u32>(0u, 0u);
+  for (var i = digit + 1u; i < 16u * block + 16u; i++) {
+    count_above = count_above + digit_counts[i];
+    mass_above = add64(mass_above, digit_masses[i]);
+  }
+  for (var i = block + 1u; i < 16u; i++) {
+    count_above = count_above + block_counts[i];
+    mass_above = add64(mass_above, block_masses[i]);
+  }
+
   if (request.top_k > 0u) {
-    let above = count_from[digit + 1u];
-    if (above < state.left_k && count >= state.left_k) {
+    if (count_above < state.left_k && count_above + count >= state.left_k) {
       states[row].key_k = state.key_k | (digit << state.shift);
-      states[row].left_k = state.left_k - above;
+      states[row].left_k = state.left_k - count_above;
     }
   }
   if (request.top_p < 1.0) {
     var left = vec2<u32>(state.left_p_high, state.left_p_low);
-    if (state.shift == 24u) { left = share64(mass_from[0], request.top_p); }
-    let above = mass_from[digit + 1u];
-    if (less64(above, left) && !less64(mass, left)) {
+    if (state.shift == 24u) { left = share64(whole_mass(), request.top_p); }
+    if (less64(mass_above, left) && !less64(add64(mass_above, mass), left)) {
       states[row].key_p = state.key_p | (digit << state.shift);
-      let rest = sub64(left, above);
+      let rest = sub64(left, mass_above);
       states[row].left_p_high = rest.x;
       states[row].left_p_low = rest.y;
     }
   }
   if (digit == 0u && state.shift > 0u) { states[row].shift = state.shift - 8u; }
+}
+
+fn whole_mass() -> vec2<u32> {
+  var whole = vec2<u32>(0u, 0u);
+  for (var i = 0u; i < 16u; i++) { whole = add64(whole, block_masses[i]); }
+  return whole;
 }

@@ -17,16 +17,20 @@ struct Partial {
 var<workgroup> sums: array<f32, WORKGROUP>;
 var<workgroup> statuses: array<u32, WORKGROUP>;
 
-/** Sum and worst status of the workgroup, always along the same tree; thread 0 has them. */
+/** Sum and worst status of the workgroup, always added in the same order, for thread 0. */
 fn gather(thread: u32, sum: f32, status: u32) {
   sums[thread] = sum;
   statuses[thread] = status;
-  for (var half = WORKGROUP / 2u; half > 0u; half >>= 1u) {
-    workgroupBarrier();
-    if (thread < half) {
-      sums[thread] = sums[thread] + sums[thread + half];
-      statuses[thread] = max(statuses[thread], statuses[thread + half]);
-    }
+  workgroupBarrier();
+  if (thread < 16u) { fold(thread, 16u, WORKGROUP); }
+  workgroupBarrier();
+  if (thread == 0u) { fold(0u, 1u, 16u); }
+}
+
+fn fold(first: u32, step: u32, end: u32) {
+  for (var at = first + step; at < end; at += step) {
+    sums[first] = sums[first] + sums[at];
+    statuses[first] = max(statuses[first], statuses[at]);
   }
 }
 
