@@ -42,27 +42,35 @@ export interface DecodeScratch {
   splits: number;
   /** Per batch: its first row and {@linkcode splits}. */
   batches: GPUBuffer[];
+  /** Bytes on the GPU. */
+  bytes: number;
 }
 
 /** Bytes of a {@linkcode DecodeScratch}'s partials, and its rows. */
 export function decodeScratchSize(
   shape: HeadShape,
   limits: { maxRows: number; contextTokens: number },
+  scratchBytes = SCRATCH_BYTES,
 ): { bytes: number; batchRows: number; splits: number } {
   const splits = Math.ceil(limits.contextTokens / SPLIT_TOKENS);
   const bytesPerRow = shape.heads * splits * (4 + shape.paddedDim) * 4;
-  const fit = Math.max(1, Math.floor(SCRATCH_BYTES / bytesPerRow));
+  const fit = Math.max(1, Math.floor(scratchBytes / bytesPerRow));
   const batchRows = Math.min(limits.maxRows, fit);
   return { bytes: batchRows * bytesPerRow, batchRows, splits };
 }
 
-/** Allocates the scratch that the decode attention of every layer of a stage shares. */
+/**
+ * Allocates the scratch that the decode attention of every layer of a stage shares.
+ *
+ * @param scratchBytes what to stay under if one row allows it; it changes no result
+ */
 export function createDecodeScratch(
   gpu: Gpu,
   shape: HeadShape,
   limits: { maxRows: number; contextTokens: number },
+  scratchBytes = SCRATCH_BYTES,
 ): DecodeScratch {
-  const { bytes, batchRows, splits } = decodeScratchSize(shape, limits);
+  const { bytes, batchRows, splits } = decodeScratchSize(shape, limits, scratchBytes);
   const batches: GPUBuffer[] = [];
   for (let first = 0; first < limits.maxRows; first += batchRows) {
     const usage = GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST;
@@ -70,7 +78,9 @@ export function createDecodeScratch(
     gpu.write(batch, 0, Uint32Array.of(first, splits));
     batches.push(batch);
   }
-  return { partials: gpu.storage("attention partials", bytes), batchRows, splits, batches };
+  const partials = gpu.storage("attention partials", bytes);
+  const allBytes = batches.reduce((sum, batch) => sum + batch.size, partials.size);
+  return { partials, batchRows, splits, batches, bytes: allBytes };
 }
 
 /** Frees a scratch; idempotent. */
@@ -94,7 +104,7 @@ export async function createDecodeAttention(
         gpu,
         label: "decode attention, splits",
         code: decodeSplitWgsl(shape),
-        bindings: [batch, inputs.rows, inputs.pageTables, qkv, keys, values, scratch.partials],
+        buffers: [batch, inputs.rows, inputs.pageTables, qkv, keys, values, scratch.partials],
         workgroups: (step) => [
           Math.ceil(step.contextTokens / SPLIT_TOKENS),
           headTiles,
@@ -105,7 +115,7 @@ export async function createDecodeAttention(
         gpu,
         label: "decode attention, join",
         code: decodeJoinWgsl(shape),
-        bindings: [batch, inputs.rows, scratch.partials, attended],
+        buffers: [batch, inputs.rows, scratch.partials, attended],
         workgroups: (step) => [
           Math.ceil(shape.heads * shape.paddedDim / 4 / 64),
           rowsOf(step.decodeRows),
@@ -128,7 +138,7 @@ export function createPrefillAttention(
     gpu,
     label: "prefill attention",
     code: prefillWgsl(shape),
-    bindings: [inputs.tiles, inputs.rows, inputs.pageTables, qkv, keys, values, attended],
+    buffers: [inputs.tiles, inputs.rows, inputs.pageTables, qkv, keys, values, attended],
     workgroups: (step) => [step.prefillTiles, shape.heads],
   });
 }

@@ -16,8 +16,8 @@ export interface DispatchOptions<S extends StepShape> {
   code: string;
   entryPoint?: string;
   constants?: Record<string, number>;
-  /** Bindings 0, 1, ... of group 0. */
-  bindings: GPUBuffer[];
+  /** Bindings 0, 1, ... of group 0, bound whole. */
+  buffers: GPUBuffer[];
   workgroups: (shape: S) => Workgroups;
 }
 
@@ -34,7 +34,7 @@ export class Dispatch<S extends StepShape = StepShape> implements Kernel {
     this.#bindGroup = options.gpu.device.createBindGroup({
       label: options.label,
       layout: pipeline.getBindGroupLayout(0),
-      entries: options.bindings.map((buffer, binding) => ({ binding, resource: { buffer } })),
+      entries: options.buffers.map((buffer, binding) => ({ binding, resource: { buffer } })),
     });
     this.#workgroups = options.workgroups;
   }

@@ -46,7 +46,7 @@ export async function createEmbedding(options: {
       label: "embedding",
       code: transformerWgsl(embedWgsl),
       constants: { hidden, first_token: piece.firstToken, tokens: piece.tokens },
-      bindings: [inputs.step, inputs.rows, piece.buffer, residual],
+      buffers: [inputs.step, inputs.rows, piece.buffer, residual],
       workgroups: (shape) => [blocks(hidden), shape.rows],
     })
   ));
@@ -78,7 +78,7 @@ export function createRmsNorm(options: {
     code: transformerWgsl(rmsnormWgsl),
     entryPoint: "all_rows",
     constants: { hidden, epsilon },
-    bindings: [residual, weight, normed],
+    buffers: [residual, weight, normed],
     workgroups: (shape) => [shape.rows],
   });
 }
@@ -104,7 +104,7 @@ export function createFinalNorm(options: {
     code: transformerWgsl(rmsnormWgsl),
     entryPoint: "gather_outputs",
     constants: { hidden, epsilon },
-    bindings: [residual, weight, normed, inputs.outputRows],
+    buffers: [residual, weight, normed, inputs.outputRows],
     workgroups: (shape) => [shape.outputs],
   });
 }
@@ -134,7 +134,7 @@ export function createRope(options: {
     label: "rope",
     code: transformerWgsl(ropeWgsl),
     constants: { heads, kv_heads: kvHeads, head_dim: headDim, padded_dim: paddedDim },
-    bindings: [inputs.step, inputs.rows, inputs.pageTables, angles, qkv, keys, values],
+    buffers: [inputs.step, inputs.rows, inputs.pageTables, angles, qkv, keys, values],
     workgroups: (shape) => [blocks((heads + 2 * kvHeads) * headDim / 2), shape.rows],
   });
 }
@@ -158,7 +158,7 @@ export function createSwiGlu(options: {
     label: "swiglu",
     code: transformerWgsl(swigluWgsl),
     constants: { width },
-    bindings: [inputs.step, gateUp, gated],
+    buffers: [inputs.step, gateUp, gated],
     workgroups: (shape) => [blocks(width), shape.rows],
   });
 }
@@ -183,7 +183,7 @@ export function createHiddenImport(options: {
     code: transformerWgsl(hiddenWgsl),
     entryPoint: "import_rows",
     constants: { hidden },
-    bindings: [inputs.step, frame, residual],
+    buffers: [inputs.step, frame, residual],
     workgroups: (shape) => [blocks(hidden), shape.rows],
   });
 }
@@ -203,7 +203,7 @@ export function createHiddenExport(options: {
     code: transformerWgsl(hiddenWgsl),
     entryPoint: "export_rows",
     constants: { hidden },
-    bindings: [inputs.step, residual, frame],
+    buffers: [inputs.step, residual, frame],
     workgroups: (shape) => [blocks(hidden), shape.rows],
   });
 }

@@ -1,0 +1,246 @@
+import { assert, assertAlmostEquals, assertEquals, assertRejects, assertThrows } from "@std/assert";
+import { FleetError } from "../shared/errors.ts";
+import type { StepBatch } from "../shared/frames.ts";
+import type { ModelConfig } from "../shared/model_config.ts";
+import { randomInt, seededRandom } from "../shared/random.ts";
+import { Gpu } from "../kernels/gpu.ts";
+import { loadReference } from "./reference.ts";
+import { StageModel } from "./stage_model.ts";
+import { type DrivenRow, StageChain, stepBatch } from "./testing/drive.ts";
+import { randomModel, tinyConfig } from "./testing/random_model.ts";
+import { WeightStore } from "./weights.ts";
+
+const LIMITS = { maxRows: 48, maxSequences: 4, maxOutputs: 48, pages: 24, contextTokens: 192 };
+const PROFILE = { version: 1, decode: "codegemm" } as const;
+const LOGITS = { type: "logits" } as const;
+
+async function withGpu(test: (gpu: Gpu) => Promise<void>): Promise<void> {
+  const gpu = await Gpu.open({ software: true, limits: "default" });
+  try {
+    await test(gpu);
+  } finally {
+    gpu.close();
+  }
+}
+
+/** Page tables of `count` sequences, in an order of no meaning. */
+function pageTables(count: number): Uint32Array[] {
+  const each = LIMITS.pages / LIMITS.maxSequences;
+  return Array.from(
+    { length: count },
+    (_, s) => Uint32Array.from({ length: each }, (_, i) => (i * LIMITS.maxSequences + s * 7) % 24),
+  );
+}
+
+function randomTokens(config: ModelConfig, count: number, seed: number): number[] {
+  const random = seededRandom(seed);
+  return Array.from({ length: count }, () => randomInt(random, config.vocabSize));
+}
+
+const rowsOf = (sequence: number, tokens: number[], from: number, to: number): DrivenRow[] =>
+  tokens.slice(from, to).map((token, i) => ({
+    sequence,
+    position: from + i,
+    token,
+    request: LOGITS,
+  }));
+
+/** Rows of logits as bits. */
+async function logitBits(chain: StageChain, batch: StepBatch): Promise<Uint32Array[]> {
+  const { results } = await chain.step(batch);
+  return results.map((result) => {
+    assert(result.type === "logits");
+    return new Uint32Array(result.logits.slice().buffer);
+  });
+}
+
+const MODELS: Record<string, ModelConfig> = {
+  "dense, heads of 8": tinyConfig(),
+  "dense, heads of 40, tied, llama3 scaling": tinyConfig({
+    hiddenSize: 100,
+    heads: 3,
+    kvHeads: 1,
+    headDim: 40,
+    tiedEmbeddings: true,
+    ropeScaling: { factor: 8, lowFreqFactor: 1, highFreqFactor: 4, originalContextTokens: 64 },
+  }),
+  "codegemm m1v4g32": tinyConfig({ ffnSize: 160, heads: 4, codegemm: { m: 1, v: 4, g: 32, b: 8 } }),
+  "codegemm m2v8g64": tinyConfig({
+    hiddenSize: 128,
+    heads: 8,
+    headDim: 16,
+    ffnSize: 192,
+    codegemm: { m: 2, v: 8, g: 64, b: 8 },
+  }),
+};
+
+for (const [name, config] of Object.entries(MODELS)) {
+  Deno.test(`a stage with all layers agrees with the reference model: ${name}`, () =>
+    withGpu(async (gpu) => {
+      const tensors = randomModel(config, 11);
+      const reference = await loadReference(config, tensors);
+      const chain = await StageChain.load({ gpu, config, tensors, limits: LIMITS });
+      const pages = pageTables(2);
+      const [a, b] = [randomTokens(config, 40, 1), randomTokens(config, 7, 2)];
+      const expected = { a: reference.logits(a), b: reference.logits(b) };
+      const prefill = [...rowsOf(0, a, 0, 38), ...rowsOf(1, b, 0, 5)];
+      const decode = [...rowsOf(0, a, 38, 40), ...rowsOf(1, b, 5, 7)];
+      const got = [
+        ...await logitBits(chain, stepBatch(pages, prefill, 0)),
+        ...await logitBits(chain, stepBatch(pages, decode, decode.length)),
+      ].map((bits) => new Float32Array(bits.buffer));
+      const wanted = [
+        ...expected.a.slice(0, 38),
+        ...expected.b.slice(0, 5),
+        ...expected.a.slice(38),
+        ...expected.b.slice(5),
+      ];
+      assertEquals(got.length, wanted.length);
+      let worst = 0, spread = 0;
+      got.forEach((logits, row) =>
+        logits.forEach((logit, i) => {
+          worst = Math.max(worst, Math.abs(logit - wanted[row][i]));
+          spread = Math.max(spread, Math.abs(wanted[row][i]));
+        })
+      );
+      assert(spread > 2, `logits of ${spread} at most tell nothing`);
+      assertAlmostEquals(worst, 0, 0.01 * spread);
+      chain.destroy();
+    }));
+}
+
+Deno.test("stages, chunks, batch mates and pages change no bit of a row", () =>
+  withGpu(async (gpu) => {
+    const config = MODELS["codegemm m1v4g32"];
+    const tensors = randomModel(config, 5);
+    const tokens = randomTokens(config, 37, 3);
+    const mate = randomTokens(config, 37, 4);
+    const run = async (cuts: number[], chunk: number, mates: number, swap: boolean) => {
+      const chain = await StageChain.load({ gpu, config, tensors, limits: LIMITS, cuts });
+      const pages = pageTables(3);
+      if (swap) pages.reverse();
+      const bits: Uint32Array[] = [];
+      for (let at = 0; at < 35; at += chunk) {
+        const rows = [
+          ...rowsOf(0, mate, 0, mates),
+          ...rowsOf(2, tokens, at, Math.min(35, at + chunk)),
+        ];
+        bits.push(...(await logitBits(chain, stepBatch(pages, rows, 0))).slice(mates));
+      }
+      for (const at of [35, 36]) {
+        const decode = [...rowsOf(2, tokens, at, at + 1), ...rowsOf(0, mate, mates, mates + mates)];
+        const batch = stepBatch(pages, [...decode, ...rowsOf(1, mate, 0, mates)], decode.length);
+        bits.push((await logitBits(chain, batch))[0]);
+      }
+      chain.destroy();
+      return bits;
+    };
+    const alone = await run([], 35, 0, false);
+    assertEquals(alone.length, 37);
+    assertEquals(await run([1], 35, 0, true), alone);
+    assertEquals(await run([1, 2], 7, 5, false), alone);
+    assertEquals(await run([2], 1, 3, false), alone);
+  }));
+
+Deno.test("two steps may be in flight, and replaying a step gives the same bits again", () =>
+  withGpu(async (gpu) => {
+    const config = tinyConfig();
+    const tensors = randomModel(config, 6);
+    const weights = new WeightStore(gpu);
+    for (const part of ["embedding", "layer.0", "layer.1"] as const) {
+      await weights.load(config, part, tensors);
+    }
+    const spec = { config, from: 0, to: 2, first: true, last: false };
+    const stage = await StageModel.load(
+      gpu,
+      { ...spec, limits: LIMITS, profile: PROFILE },
+      weights,
+    );
+    const tokens = randomTokens(config, 20, 7);
+    const batchAt = (from: number, to: number, decode: boolean) =>
+      stepBatch(
+        pageTables(1),
+        rowsOf(0, tokens, from, to).map(({ request: _, ...row }) => row),
+        decode ? to - from : 0,
+      );
+    const steps = [batchAt(0, 17, false), batchAt(17, 18, true), batchAt(18, 20, true)];
+    const oneByOne = [];
+    for (const step of steps) {
+      oneByOne.push((await stage.finish(stage.submit(step, null))).hidden);
+    }
+    assertEquals(oneByOne.map((hidden) => hidden!.length), [17 * 64, 64, 2 * 64]);
+    const first = stage.submit(steps[0], null), second = stage.submit(steps[1], null);
+    assertThrows(() => stage.submit(steps[2], null), Error, "2 steps are in flight");
+    await assertRejects(() => stage.finish(second), Error, "in the order");
+    const overlapped = [(await stage.finish(first)).hidden];
+    const third = stage.submit(steps[2], null);
+    const output = await stage.finish(second);
+    overlapped.push(output.hidden, (await stage.finish(third)).hidden);
+    assertEquals(overlapped, oneByOne);
+    assert(output.gpuMs > 0 && output.readbackMs >= 0);
+    assert(stage.memoryBytes > weights.bytes);
+    stage.destroy();
+    weights.destroy();
+  }));
+
+Deno.test("an error on the device makes the next finish throw", () =>
+  withGpu(async (gpu) => {
+    const config = tinyConfig({ layers: 1 });
+    const tensors = randomModel(config, 6);
+    const weights = new WeightStore(gpu);
+    for (const part of ["embedding", "layer.0"] as const) await weights.load(config, part, tensors);
+    const spec = { config, from: 0, to: 1, first: true, last: false };
+    const stage = await StageModel.load(
+      gpu,
+      { ...spec, limits: LIMITS, profile: PROFILE },
+      weights,
+    );
+    const ticket = stage.submit(
+      stepBatch(pageTables(1), [{ sequence: 0, position: 0, token: 1 }], 1),
+      null,
+    );
+    gpu.device.queue.writeBuffer(gpu.storage("small", 16), 0, new Uint8Array(64));
+    const error = await assertRejects(async () => {
+      await new Promise((resolve) => gpu.device.addEventListener("uncapturederror", resolve));
+      await stage.finish(ticket);
+    }, FleetError);
+    assertEquals(error.code, "gpu");
+  }));
+
+Deno.test("a part is loaded once, shared by stages, and freed when it is no longer named", () =>
+  withGpu(async (gpu) => {
+    const config = tinyConfig({ layers: 2 });
+    const tensors = randomModel(config, 8);
+    let reads = 0;
+    const counted = {
+      ...tensors,
+      read: (name: string, offset: number, length: number) => {
+        reads++;
+        return tensors.read(name, offset, length);
+      },
+    };
+    const weights = new WeightStore(gpu);
+    await weights.load(config, "layer.1", counted, "digest of layer 1");
+    const afterFirst = reads;
+    assert(afterFirst >= 9);
+    await weights.load(config, "layer.1", counted, "digest of layer 1");
+    assertEquals(reads, afterFirst);
+    await weights.load(config, "layer.0", counted, "digest of layer 0");
+    assertEquals(weights.keys(), ["digest of layer 1", "digest of layer 0"]);
+    const both = weights.bytes;
+    weights.keepOnly(new Set(["digest of layer 0"]));
+    assertEquals(weights.keys(), ["digest of layer 0"]);
+    assertEquals(weights.bytes, both / 2);
+    weights.destroy();
+    assertEquals(weights.bytes, 0);
+  }));
+
+Deno.test("a tensor of another shape than the config's is refused by name, and nothing stays", () =>
+  withGpu(async (gpu) => {
+    const tensors = randomModel(tinyConfig(), 9);
+    const weights = new WeightStore(gpu);
+    const other = tinyConfig({ hiddenSize: 32 });
+    const load = () => weights.load(other, "layer.0", tensors);
+    const error = await assertRejects(load, FleetError, "input_layernorm.weight has shape (64)");
+    assertEquals([error.code, weights.bytes], ["bad-checkpoint", 0]);
+  }));
