@@ -175,7 +175,8 @@ export class Ledger<T> {
   /** Starts a new attempt at every unfinished step. */
   raise(nowMs: number): Reissue<T> {
     invariant(this.#unfinished.length > 0, "there is something to reissue");
-    const attempts = this.#attempt + 1 - this.#unfinished[0].firstAttempt;
+    // Attempts at which later steps waited behind earlier ones do not count against them.
+    const attempts = this.#barren + 1;
     if (attempts >= this.#maxAttempts) {
       const message = `Step ${this.#base} brought no result in ${attempts} attempts`;
       return { type: "failed", error: new FleetError("unavailable", message) };
