@@ -5,21 +5,71 @@
  */
 import type { Bus } from "../shared/bus.ts";
 import type { Clock, Timer } from "../shared/clock.ts";
-import { FleetError, toFleetError } from "../shared/errors.ts";
+import { FleetError, invariant, toFleetError } from "../shared/errors.ts";
 import { LIMITS } from "../shared/limits.ts";
+import { type PartName, stageParts } from "../shared/model_config.ts";
 import {
   type AssignStage,
   ControlReply,
+  COORDINATOR,
   decodeControl,
   encodeControl,
+  type NumericsProfile,
+  type PartRef,
+  PROTOCOL_VERSION,
   type Subjects,
-  type WorkerReport,
 } from "../shared/protocol.ts";
+import type { FleetModel } from "./fleet.ts";
+import type { Plan } from "./planner.ts";
+import type { StageReport } from "./roster.ts";
 
 /** A stage of the plan and who shall serve it. */
 export interface AssignedStage {
   worker: string;
   request: AssignStage;
+}
+
+/**
+ * What each stage of a plan is asked to load and serve.
+ *
+ * @throws Error when the model lacks a part that the plan places: a defect of ours
+ */
+export function assignRequests(
+  epoch: number,
+  plan: Plan,
+  model: Pick<FleetModel, "configJson" | "digest" | "parts">,
+  profile: NumericsProfile,
+): AssignedStage[] {
+  const refs = new Map<string, PartRef>(model.parts.map((ref) => [ref.part, ref]));
+  const partRef = (name: PartName) => {
+    const ref = refs.get(name);
+    invariant(ref, `the model has a part ${name}`);
+    return ref;
+  };
+  return plan.stages.map((stage, index) => ({
+    worker: stage.worker,
+    request: {
+      type: "assign",
+      version: PROTOCOL_VERSION,
+      instance: stage.instance,
+      epoch,
+      config: model.configJson,
+      modelDigest: model.digest,
+      stage: {
+        index,
+        stages: plan.stages.length,
+        from: stage.from,
+        to: stage.to,
+        first: stage.first,
+        last: stage.last,
+      },
+      previous: plan.stages[index - 1]?.worker ?? COORDINATOR,
+      next: plan.stages[index + 1]?.worker ?? COORDINATOR,
+      parts: stageParts(stage).map(partRef),
+      limits: plan.limits,
+      profile,
+    },
+  }));
 }
 
 /** How an assignment ended for good or ill. */
@@ -69,10 +119,10 @@ export class Assignment {
   }
 
   /** A worker's report; those of other workers, instances and epochs are not for us. */
-  report(worker: string, report: WorkerReport): void {
+  report(worker: string, report: StageReport): void {
     const stage = this.#stages.find((stage) => stage.worker === worker);
     if (this.#over || !stage || report.instance !== stage.request.instance) return;
-    if (!("epoch" in report) || report.epoch !== this.epoch) return;
+    if (report.epoch !== this.epoch) return;
     switch (report.type) {
       case "ready":
         this.#ready.add(worker);

@@ -3,12 +3,12 @@
  *
  * @module
  */
-import { LIMITS } from "../shared/limits.ts";
 import type { LoadProgress } from "./assignment.ts";
 import type { FleetModel } from "./fleet.ts";
 import type { Member } from "./membership.ts";
 import type { Pipeline } from "./pipeline.ts";
 import type { Plan } from "./planner.ts";
+import type { Roster } from "./roster.ts";
 import type { SchedulerStats } from "./scheduler.ts";
 import type { FleetEvent, FleetSnapshot, StageSnapshot, WorkerSnapshot } from "./snapshot.ts";
 
@@ -19,10 +19,7 @@ export interface SnapshotParts {
   model: FleetModel;
   state: FleetSnapshot["state"];
   note: string;
-  members: readonly Member[];
-  /** Why a member is left out of plans for now; null when it is not. */
-  exclusion: (member: Member) => string | null;
-  roundTripMs: (worker: string) => number | null;
+  roster: Roster;
   plan: { epoch: number; plan: Plan } | null;
   pipeline: Pipeline | null;
   progress: ReadonlyMap<string, LoadProgress>;
@@ -69,7 +66,7 @@ export function fleetSnapshot(parts: SnapshotParts): FleetSnapshot {
       predictedTokensPerSecond: plan.plan.predictedTokensPerSecond,
       explanation: plan.plan.explanation,
     },
-    workers: parts.members.map((member) => workerSnapshot(member, parts)),
+    workers: parts.roster.members.map((member) => workerSnapshot(member, parts)),
     load: {
       running: load.stats?.running ?? 0,
       waiting: load.stats?.waiting ?? 0,
@@ -89,7 +86,7 @@ export function fleetSnapshot(parts: SnapshotParts): FleetSnapshot {
 function workerSnapshot(member: Member, parts: SnapshotParts): WorkerSnapshot {
   const { card, beat } = member;
   const stage = parts.plan?.plan.stages.find(({ worker }) => worker === card.worker);
-  const excluded = parts.exclusion(member);
+  const excluded = parts.roster.exclusion(member);
   const progress = parts.progress.get(card.worker);
   const state = workerState(member, excluded !== null, stage !== undefined, parts);
   return {
@@ -101,7 +98,7 @@ function workerSnapshot(member: Member, parts: SnapshotParts): WorkerSnapshot {
     usedBytes: stage ? stage.weightBytes + stage.kvBytes + stage.scratchBytes : 0,
     state,
     beatAgeMs: Math.max(0, parts.nowMs - member.lastBeatAtMs),
-    roundTripMs: parts.roundTripMs(card.worker),
+    roundTripMs: parts.roster.roundTripMs(card.worker),
     note: member.note || excluded || progress?.note || idleNote(state, parts),
     progress: state === "loading" && progress
       ? { doneBytes: progress.doneBytes, totalBytes: progress.totalBytes }
@@ -126,5 +123,5 @@ function idleNote(state: WorkerSnapshot["state"], parts: SnapshotParts): string 
   if (state === "serving") return "serves its stage";
   if (state === "loading") return "gets its stage ready";
   if (state !== "idle") return "";
-  return parts.plan ? "not in this plan" : `waits: ${parts.note}`.slice(0, LIMITS.maxControlBytes);
+  return parts.plan ? "not in this plan" : `waits: ${parts.note}`;
 }
