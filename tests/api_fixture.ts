@@ -195,14 +195,19 @@ export function scriptedApi(changes: Partial<ApiContext> & { engine?: ScriptedEn
   return { app, engine, log };
 }
 
-/** Serves an app on a free loopback port. */
+/** Serves an app on loopback, on a free port unless one is named. `stop` breaks open streams. */
 export function serveOnLoopback(
   app: { fetch: (request: Request) => Response | Promise<Response> },
+  port = 0,
 ) {
+  const stopping = new AbortController();
   const server = Deno.serve(
-    { hostname: "127.0.0.1", port: 0, onListen: () => {} },
+    { hostname: "127.0.0.1", port, signal: stopping.signal, onListen: () => {} },
     (request) => app.fetch(request),
   );
-  const url = `http://127.0.0.1:${server.addr.port}`;
-  return { url, port: server.addr.port, stop: () => server.shutdown() };
+  const stop = async () => {
+    stopping.abort();
+    await server.finished;
+  };
+  return { url: `http://127.0.0.1:${server.addr.port}`, port: server.addr.port, stop };
 }

@@ -90,7 +90,7 @@ export class SnapshotFeed {
     if (this.#timer !== null && this.#dueMs <= atMs) return;
     this.#timer?.cancel();
     this.#dueMs = atMs;
-    this.#timer = this.#clock.after(atMs - this.#clock.nowMs(), () => this.#publish());
+    this.#timer = this.#clock.after(Math.max(0, atMs - this.#clock.nowMs()), () => this.#publish());
   }
 
   #publish(): void {
