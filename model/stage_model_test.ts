@@ -6,7 +6,7 @@ import { randomInt, seededRandom } from "../shared/random.ts";
 import { Gpu } from "../kernels/gpu.ts";
 import { loadReference } from "./reference.ts";
 import { StageModel } from "./stage_model.ts";
-import { type DrivenRow, StageChain, stepBatch } from "./testing/drive.ts";
+import { type ChainRow, StageChain, stepBatch } from "./stage_chain.ts";
 import { randomModel, tinyConfig } from "./testing/random_model.ts";
 import { WeightStore } from "./weights.ts";
 
@@ -37,7 +37,7 @@ function randomTokens(config: ModelConfig, count: number, seed: number): number[
   return Array.from({ length: count }, () => randomInt(random, config.vocabSize));
 }
 
-const rowsOf = (sequence: number, tokens: number[], from: number, to: number): DrivenRow[] =>
+const rowsOf = (sequence: number, tokens: number[], from: number, to: number): ChainRow[] =>
   tokens.slice(from, to).map((token, i) => ({
     sequence,
     position: from + i,

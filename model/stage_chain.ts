@@ -1,18 +1,19 @@
 /**
- * Runs sequences through a chain of stages, the way a pipeline does: for tests and evaluation.
+ * All stages of a model on one GPU, one behind the other, without a fleet around them: for
+ * evaluation and tests.
  *
  * @module
  */
-import type { RowRequest, RowResult, StepBatch } from "../../shared/frames.ts";
-import type { ModelConfig, TensorSource } from "../../shared/model_config.ts";
-import { stageParts } from "../../shared/model_config.ts";
-import type { NumericsProfile, StageLimits } from "../../shared/protocol.ts";
-import type { Gpu } from "../../kernels/gpu.ts";
-import { StageModel } from "../stage_model.ts";
-import { WeightStore } from "../weights.ts";
+import type { RowRequest, RowResult, StepBatch } from "../shared/frames.ts";
+import type { ModelConfig, TensorSource } from "../shared/model_config.ts";
+import { stageParts } from "../shared/model_config.ts";
+import type { NumericsProfile, StageLimits } from "../shared/protocol.ts";
+import type { Gpu } from "../kernels/gpu.ts";
+import { StageModel } from "./stage_model.ts";
+import { WeightStore } from "./weights.ts";
 
 /** A row of a step: a token at a position of a sequence, and what it is asked for. */
-export interface DrivenRow {
+export interface ChainRow {
   /** Index into the pages given to {@linkcode stepBatch}. */
   sequence: number;
   position: number;
@@ -27,7 +28,7 @@ export type RequestKind = RowRequest extends infer R ? R extends RowRequest ? Om
 /** A step of these rows, in this order; the first `decodeRows` are decode rows. */
 export function stepBatch(
   pages: readonly Uint32Array[],
-  rows: readonly DrivenRow[],
+  rows: readonly ChainRow[],
   decodeRows: number,
 ): StepBatch {
   const requests: RowRequest[] = [];
@@ -72,6 +73,7 @@ export class StageChain {
     this.#weights = weights;
   }
 
+  /** Loads every part, and makes the stages. */
   static async load(options: ChainOptions): Promise<StageChain> {
     const { gpu, config, tensors, limits } = options;
     const profile = options.profile ?? { version: 1, decode: "codegemm" };
@@ -87,7 +89,11 @@ export class StageChain {
     return new StageChain(stages, weights);
   }
 
-  /** Passes a step through all stages. */
+  /**
+   * Passes a step through all stages.
+   *
+   * @throws FleetError as {@linkcode StageModel}'s `submit` and `finish` do
+   */
   async step(batch: StepBatch): Promise<ChainOutput> {
     const hidden: Uint16Array<ArrayBuffer>[] = [];
     for (const stage of this.#stages) {
