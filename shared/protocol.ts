@@ -20,6 +20,15 @@ import { LIMITS } from "./limits.ts";
 /** Both ends must speak the same one; raised with every change of a frame or message. */
 export const PROTOCOL_VERSION = 1;
 
+/** Prefix of a fleet's subjects where none is given. */
+export const DEFAULT_PREFIX = "fleet";
+
+/** Port of the fleet's websocket listener in NATS where none is given. */
+export const DEFAULT_NATS_PORT = 9222;
+
+/** Where workers and coordinator look for NATS where nothing is said. */
+export const DEFAULT_NATS_URL = `ws://127.0.0.1:${DEFAULT_NATS_PORT}`;
+
 /** The coordinator's name in step subjects. */
 export const COORDINATOR = "coordinator";
 
