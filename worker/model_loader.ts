@@ -12,10 +12,16 @@ import type { StepBatch } from "../shared/frames.ts";
 import type { ModelConfig, PartName, TensorSource } from "../shared/model_config.ts";
 import type { AssignStage } from "../shared/protocol.ts";
 import type { RunnerOutput, StageRunner } from "./stage.ts";
-import type { LoadedStage, StageLoader } from "./worker.ts";
+import type { LoadedStage, LoadNote, PartOrigin, StageLoader } from "./worker.ts";
+
+/** A part that can be read. */
+export interface ReadablePart {
+  from: PartOrigin;
+  tensors: TensorSource;
+}
 
 /** Loads stages onto one GPU. The weights of the last assignment stay there for the next. */
-export class ModelLoader implements StageLoader<TensorSource> {
+export class ModelLoader implements StageLoader<ReadablePart> {
   readonly #gpu: Gpu;
   readonly #clock: Clock;
   readonly #weights: WeightStore;
@@ -29,25 +35,27 @@ export class ModelLoader implements StageLoader<TensorSource> {
   async load(
     assignment: AssignStage,
     config: ModelConfig,
-    parts: TensorSource[],
-    onProgress: (line: string) => void,
+    parts: ReadablePart[],
+    tell: (note: LoadNote) => void,
   ): Promise<LoadedStage> {
     const { stage, limits, profile } = assignment;
     const digests = new Map(
       assignment.parts.map(({ part, digest }) => [part as PartName, digest]),
     );
     this.#weights.keepOnly(new Set(digests.values()));
-    let loaded = 0;
-    for (const [part, digest] of digests) {
-      const tensors = parts[loaded++];
-      if (this.#weights.has(digest)) continue;
-      onProgress(`${part} onto the GPU (${loaded} of ${digests.size})`);
-      await this.#weights.load(config, part, tensors, digest);
+    for (const [index, { part, digest, bytes }] of assignment.parts.entries()) {
+      const { from, tensors } = parts[index];
+      const held = this.#weights.has(digest);
+      if (!held) {
+        tell({ type: "part", progress: { part, doneBytes: 0, from } });
+        await this.#weights.load(config, part as PartName, tensors, digest);
+      }
+      tell({ type: "part", progress: { part, doneBytes: bytes, from: held ? "gpu" : from } });
     }
     const spec = { config, ...stage, limits, profile, parts: digests };
     let last = "";
     const model = await StageModel.load(this.#gpu, spec, this.#weights, ({ what }) => {
-      if (what !== last) onProgress(last = what);
+      if (what !== last) tell({ type: "line", line: last = what });
     });
     return {
       runner: modelRunner(model, this.#clock),

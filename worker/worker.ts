@@ -27,13 +27,21 @@ import {
 import { judgeAssignment } from "./assignment.ts";
 import { createStage, type DropCounts, type Stage, type StageRunner } from "./stage.ts";
 
+/** Where a part is read from. */
+export type PartOrigin = Extract<WorkerReport, { type: "progress" }>["from"];
+
 /** How far a part is. */
 export interface PartProgress {
   part: string;
   doneBytes: number;
-  totalBytes: number;
-  from: Extract<WorkerReport, { type: "progress" }>["from"];
+  from: PartOrigin;
 }
+
+/** How far a load is. */
+export type LoadNote =
+  | { type: "part"; progress: PartProgress }
+  /** What is being made beside weights, for the log. */
+  | { type: "line"; line: string };
 
 /** Where parts come from. `P` is whatever a {@linkcode StageLoader} needs to read one. */
 export interface PartProvider<P> {
@@ -42,6 +50,7 @@ export interface PartProvider<P> {
   /**
    * Makes parts readable, checked against their digests, in the order asked for.
    *
+   * @param onProgress of downloads: what is at hand already is not told
    * @throws FleetError `nats`, `not-found`, `disk`, `bad-checkpoint`; the signal's reason when aborted
    */
   provide(
@@ -70,7 +79,7 @@ export interface StageLoader<P> {
     assignment: AssignStage,
     config: ModelConfig,
     parts: P[],
-    onProgress: (line: string) => void,
+    tell: (note: LoadNote) => void,
   ): Promise<LoadedStage>;
 }
 
@@ -83,11 +92,13 @@ export interface WorkerOptions<P> {
   card: Omit<WorkerCard, "cachedParts">;
   parts: PartProvider<P>;
   loader: StageLoader<P>;
+  /** A stage failed while serving; it has been reported. */
+  onFailure?: (error: FleetError) => void;
   /** Lines for whoever watches the process. */
   log?: (line: string) => void;
 }
 
-/** Progress of a part is told at most this often. */
+/** Progress is told at most this often. */
 const PROGRESS_EVERY_MS = 200;
 
 /** A worker: {@linkcode FleetWorker.join} makes it part of the fleet. */
@@ -144,7 +155,7 @@ export class FleetWorker<P> {
   /** The worker cannot go on: tells the fleet why. The caller closes it next. */
   fail(error: FleetError): void {
     this.#stop();
-    this.#fail(error);
+    if (this.#state !== "failed") this.#fail(error);
   }
 
   /** Tells the fleet that it goes, and stops. Resolves when the server has heard. */
@@ -232,10 +243,14 @@ export class FleetWorker<P> {
     const { from, to } = assignment.stage;
     try {
       this.#log(`Epoch ${assignment.epoch}: loading layers ${from} to ${to - 1}`);
-      const readable = await parts.provide(assignment.parts, this.#progress(signal), signal);
+      const fetched = this.#progress(assignment, signal);
+      const readable = await parts.provide(assignment.parts, fetched, signal);
       signal.throwIfAborted();
-      const line = (text: string) => this.#log(`Epoch ${assignment.epoch}: ${text}`);
-      const loaded = await loader.load(assignment, config, readable, line);
+      const onGpu = this.#progress(assignment, signal);
+      const loaded = await loader.load(assignment, config, readable, (note) => {
+        if (note.type === "part") onGpu(note.progress);
+        else this.#log(`Epoch ${assignment.epoch}: ${note.line}`);
+      });
       if (signal.aborted) return await loaded.destroy();
       this.#serve(assignment, config, loaded, clock.nowMs() - startMs);
     } catch (error) {
@@ -264,6 +279,7 @@ export class FleetWorker<P> {
       onFailure: (error) => {
         this.#state = "failed";
         this.#log(`Epoch ${assignment.epoch} failed: ${error.message}`);
+        this.#options.onFailure?.(error);
       },
     });
     this.#state = "serving";
@@ -284,17 +300,23 @@ export class FleetWorker<P> {
     this.#log(`Epoch ${this.#epoch} failed: ${error.message}`);
   }
 
-  /** Reports progress, each part's end for sure and what lies between now and then. */
-  #progress(signal: AbortSignal): (progress: PartProgress) => void {
+  /** Reports progress over all parts of a stage, now and then, and its end for sure. */
+  #progress(assignment: AssignStage, signal: AbortSignal): (progress: PartProgress) => void {
     const { card, clock } = this.#options;
-    const epoch = this.#epoch;
+    const { epoch, parts } = assignment;
+    const totalBytes = parts.reduce((sum, { bytes }) => sum + bytes, 0);
+    const done = new Map<string, number>();
     let lastMs = -Infinity;
-    return (progress) => {
+    return ({ part, doneBytes: partBytes, from }) => {
       if (signal.aborted) return;
+      done.set(part, partBytes);
+      const sum = [...done.values()].reduce((a, b) => a + b, 0),
+        doneBytes = Math.min(sum, totalBytes);
       const nowMs = clock.nowMs();
-      if (progress.doneBytes < progress.totalBytes && nowMs < lastMs + PROGRESS_EVERY_MS) return;
+      if (doneBytes < totalBytes && nowMs < lastMs + PROGRESS_EVERY_MS) return;
       lastMs = nowMs;
-      this.#report({ type: "progress", instance: card.instance, epoch, ...progress });
+      const { instance } = card;
+      this.#report({ type: "progress", instance, epoch, part, doneBytes, totalBytes, from });
     };
   }
 
