@@ -109,13 +109,13 @@ export class KvAllocator {
 
   /** Step number `step` names these pages. May be called several times for one step. */
   pin(step: number, pages: Iterable<number>): void {
-    let pinned = this.#pinnedBy.get(step);
-    if (!pinned) this.#pinnedBy.set(step, pinned = []);
+    const pinned = this.#pinnedBy.get(step) ?? [];
     for (const page of pages) {
       invariant(this.#owner[page] !== NOBODY, `step ${step} names page ${page}, which is nobody's`);
       this.#pins[page]++;
       pinned.push(page);
     }
+    this.#pinnedBy.set(step, pinned);
   }
 
   /** Step number `step` has finished. */

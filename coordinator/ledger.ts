@@ -54,6 +54,8 @@ interface Unfinished<T> {
 
 /** A step that is slower than this many times the usual is taken for lost. */
 const DEADLINE_LATENCIES = 4;
+/** The time allowed doubles this often at most: a pipeline that is dead should not take an hour. */
+const MOST_DOUBLINGS = 3;
 /** Weight of the newest latency in the running mean. */
 const LATENCY_WEIGHT = 0.1;
 
@@ -163,7 +165,7 @@ export class Ledger<T> {
     if (this.#unfinished.length === 0) return null;
     const allowed = Math.max(this.#stepDeadlineMs, DEADLINE_LATENCIES * this.#meanLatencyMs);
     const since = Math.max(this.#unfinished[0].issuedAtMs, this.#progressAtMs);
-    return since + allowed * 2 ** this.#barren;
+    return since + allowed * 2 ** Math.min(this.#barren, MOST_DOUBLINGS);
   }
 
   /** Whether the oldest step is overdue: then {@linkcode raise}. */

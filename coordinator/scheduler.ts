@@ -16,18 +16,24 @@
 import { FleetError, invariant } from "../shared/errors.ts";
 import type { RowResult, StepBatch } from "../shared/frames.ts";
 import { LIMITS } from "../shared/limits.ts";
+import { reasonItCannotRun } from "./admission.ts";
 import type { TokenLogprob } from "./engine.ts";
 import { KvAllocator, pagesFor } from "./kv_allocator.ts";
 import {
   appendToken,
   createSequence,
   finishReason,
-  hasPenalties,
   isDecoding,
   type Sequence,
   type SubmittedSequence,
 } from "./sequence.ts";
-import { requestEntries, type StepBounds, StepBuilder, type StepEntry } from "./step_builder.ts";
+import {
+  requestEntries,
+  samplesOf,
+  type StepBounds,
+  StepBuilder,
+  type StepEntry,
+} from "./step_builder.ts";
 
 export type { SubmittedSequence } from "./sequence.ts";
 export type { StepBounds, StepShape } from "./step_builder.ts";
@@ -75,10 +81,12 @@ export interface SchedulerStats {
 
 /**
  * How many steps should be in flight: one per stage keeps every stage busy only if hops take no
- * time; a quarter more covers hops of up to a quarter of a step.
+ * time; a quarter more covers hops of up to a quarter of a step. If one stage is slow, all of them
+ * queue there.
  */
 export function stepsToKeepInFlight(stages: number, maxStepsInFlight: number): number {
-  return Math.min(maxStepsInFlight, stages + Math.ceil(stages / 4));
+  const wanted = stages + Math.ceil(stages / 4);
+  return Math.min(maxStepsInFlight, wanted, LIMITS.maxQueuedFramesPerStage);
 }
 
 /** Rounds of all steps in flight after which a sequence that was passed over goes first. */
@@ -129,7 +137,8 @@ export class Scheduler {
     invariant(!this.#sequences.has(submitted.id), `sequence ${submitted.id} is there already`);
     invariant(submitted.maxTokens >= 1, "a sequence generates at least one token");
     const sequence = createSequence(submitted, this.#nextAge);
-    this.#refuseWhatCannotRun(sequence);
+    const error = reasonItCannotRun(sequence, this.contextTokens, this.#config);
+    if (error) throw error;
     if (this.#sequences.size >= this.#config.maxQueuedSequences) {
       throw new FleetError(
         "overloaded",
@@ -222,7 +231,9 @@ export class Scheduler {
       sequence.step = null;
       sequence.computed = 0;
       sequence.evicted = false;
-      const error = sequence.cancelled ? null : this.#reasonItCannotRun(sequence);
+      const error = sequence.cancelled
+        ? null
+        : reasonItCannotRun(sequence, this.contextTokens, config);
       if (error) events.push({ id: sequence.id, type: "error", error });
       if (error || sequence.cancelled) this.#sequences.delete(sequence.id);
       else this.#waiting.push(sequence);
@@ -407,55 +418,4 @@ export class Scheduler {
     this.#kv.release(sequence.id);
     this.#unstarve(sequence);
   }
-
-  #refuseWhatCannotRun(sequence: Sequence): void {
-    const error = this.#reasonItCannotRun(sequence);
-    if (error) throw error;
-  }
-
-  #reasonItCannotRun(sequence: Sequence): FleetError | null {
-    const { contextTokens } = this, { tokens, request } = sequence;
-    if (tokens.length >= contextTokens) {
-      return new FleetError(
-        "too-large",
-        `The prompt has ${tokens.length} tokens, and the context holds ${contextTokens} with the ` +
-          "answer; shorten the prompt",
-      );
-    }
-    // The largest frame that a single row of it can need, at the end of its life.
-    const generated = Math.min(request.maxTokens, contextTokens - request.promptTokens.length);
-    const bytes = this.#config.frameBytes({
-      rows: 1,
-      sequences: 1,
-      pageEntries: pagesFor(contextTokens),
-      requests: 1,
-      biasEntries: request.bias.size,
-      countEntries: hasPenalties(request) ? Math.min(generated, LIMITS.maxCountEntries) : 0,
-    });
-    if (bytes <= this.#config.maxFrameBytes) return null;
-    return new FleetError(
-      "too-large",
-      `One token of this request takes a frame of up to ${bytes} bytes, and ` +
-        `${this.#config.maxFrameBytes} fit; send a smaller logit_bias or max_tokens`,
-      { param: "logit_bias" },
-    );
-  }
-}
-
-/** The results as answers to the step's requests, checked one by one. */
-function samplesOf(
-  batch: StepBatch,
-  results: readonly RowResult[],
-): Extract<RowResult, { type: "sample" }>[] {
-  const wrong = (why: string) => new FleetError("bad-frame", `The results of a step ${why}`);
-  if (results.length !== batch.requests.length) {
-    throw wrong(`are ${results.length}, its requests ${batch.requests.length}`);
-  }
-  return results.map((result, index) => {
-    const request = batch.requests[index];
-    if (result.row !== request.row || result.type !== "sample") {
-      throw wrong(`answer row ${result.row} where row ${request.row} asked`);
-    }
-    return result;
-  });
 }

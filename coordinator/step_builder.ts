@@ -1,12 +1,12 @@
 /**
- * Puts one step together: rows of many sequences under the bounds of rows, sequences, outputs and
- * frame bytes.
+ * Puts one step together, rows of many sequences under the bounds of rows, sequences, outputs and
+ * frame bytes, and takes its results apart again.
  *
  * @module
  */
 import type { StepFrameShape } from "../shared/codec.ts";
-import { invariant } from "../shared/errors.ts";
-import type { RowRequest, StepBatch } from "../shared/frames.ts";
+import { FleetError, invariant } from "../shared/errors.ts";
+import type { RowRequest, RowResult, StepBatch } from "../shared/frames.ts";
 import { pagesFor } from "./kv_allocator.ts";
 import { pendingRows, samplingParams, type Sequence } from "./sequence.ts";
 
@@ -148,4 +148,26 @@ export class StepBuilder {
 /** The requests' sequences: `requests[i]` of the batch belongs to the `i`-th of these. */
 export function requestEntries(entries: readonly StepEntry[], batch: StepBatch): StepEntry[] {
   return batch.requests.map((request: RowRequest) => entries[batch.rowSequence[request.row]]);
+}
+
+/**
+ * The results as answers to the step's requests, checked one by one.
+ *
+ * @throws FleetError `bad-frame` when they answer anything else
+ */
+export function samplesOf(
+  batch: StepBatch,
+  results: readonly RowResult[],
+): Extract<RowResult, { type: "sample" }>[] {
+  const wrong = (why: string) => new FleetError("bad-frame", `The results of a step ${why}`);
+  if (results.length !== batch.requests.length) {
+    throw wrong(`are ${results.length}, its requests ${batch.requests.length}`);
+  }
+  return results.map((result, index) => {
+    const request = batch.requests[index];
+    if (result.row !== request.row || result.type !== "sample") {
+      throw wrong(`answer row ${result.row} where row ${request.row} asked`);
+    }
+    return result;
+  });
 }
