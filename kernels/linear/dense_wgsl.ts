@@ -68,14 +68,14 @@ fn main(
   if (first >= rows) { return; }
 ${
     times(batch, (b) =>
-      `  let x${b} = params.x_offset + min(first + ${b}u, rows - 1u) * params.x_stride;`)
+      `  let x${b} = params.x_offset + (range_start() + min(first + ${b}u, rows - 1u)) * params.x_stride;`)
   }
 ${times(lanes.vectors, (j) => `  var acc${j} = ${vector}(0.0);`)}
   let octets = (params.k + ${DENSE_K_ALIGN - 1}u) / ${DENSE_K_ALIGN}u * ${OCTETS_PER_TURN}u;
   let end = min((split + 1u) * params.split_units, params.units);
   for (var unit = split * params.split_units; unit < end; unit++) {
     workgroupBarrier();
-    ${spread(DENSE_TILE_K, threads, `let at = unit * ${DENSE_TILE_K}u + i;\n${fill}`)}
+    ${spread(DENSE_TILE_K, threads, true, `let at = unit * ${DENSE_TILE_K}u + i;\n${fill}`)}
     workgroupBarrier();
     let octet0 = unit * ${DENSE_TILE_K / DENSE_OCTET}u;
     let count = min(${DENSE_TILE_K / DENSE_OCTET}u, octets - octet0);

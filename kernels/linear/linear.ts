@@ -9,15 +9,17 @@ import type { CodeGemmFormat } from "../../shared/model_config.ts";
 import type { BindingKind, Gpu } from "../gpu.ts";
 import type { RowRange } from "../kernel.ts";
 import { STEP_BYTES } from "../kernel.ts";
-import type { CodeKernel } from "./code_wgsl.ts";
-import { codeKernelFits, codeKernelWgsl } from "./code_wgsl.ts";
+import type { CodeKernel } from "./code_kernel.ts";
+import { codeKernelFits, turnPositions } from "./code_kernel.ts";
+import { codeKernelWgsl } from "./code_wgsl.ts";
 import { denseKernelBytes, denseKernelWgsl } from "./dense_wgsl.ts";
 import { codeOrder, denseOrder, roundUp } from "./order.ts";
 import type { PrefillTile } from "./prefill_wgsl.ts";
 import { prefillThreads, prefillWgsl } from "./prefill_wgsl.ts";
 import { reduceColumns, reduceWgsl } from "./reduce_wgsl.ts";
 import type { Linear, LinearOptions, Matrix, MatrixBlock, MatrixShape } from "./types.ts";
-import { DEFAULT_VARIANT, rowsPerThread } from "./variant.ts";
+import type { Variant } from "./variant.ts";
+import { defaultVariant, rowsPerThread } from "./variant.ts";
 import type { Batch, Params, Target } from "./wgsl.ts";
 import { PARAM_BYTES, PARAM_WORDS, RANGE_CODES } from "./wgsl.ts";
 
@@ -87,7 +89,7 @@ interface PrefillPlan {
  */
 export async function createLinear(options: LinearOptions): Promise<Linear> {
   const { label, gpu, ranges, matrix } = options;
-  const variant = { ...DEFAULT_VARIANT, ...options.variant };
+  const variant = { ...defaultVariant(gpu.info.software), ...options.variant };
   const uniforms = new Uniforms(options);
   let decode: DecodePlan | null = null;
   let prefill: PrefillPlan | null = null;
@@ -96,7 +98,7 @@ export async function createLinear(options: LinearOptions): Promise<Linear> {
     if (range === "prefill") {
       prefill = await planPrefill(options, variant.prefillTiles, uniforms);
     } else {
-      decode = await planDecode(options, variant.batches, range, uniforms);
+      decode = await planDecode(options, variant, range, uniforms);
       plans[range] = decode;
     }
   }
@@ -168,7 +170,7 @@ function encodePrefill(pass: GPUComputePassEncoder, plan: PrefillPlan, rows: num
 
 async function planDecode(
   options: LinearOptions,
-  batches: readonly Batch[],
+  variant: Variant,
   range: "decode" | "outputs",
   uniforms: Uniforms,
 ): Promise<DecodePlan> {
@@ -180,8 +182,8 @@ async function planDecode(
   const bindings = order.kind === "code" ? CODE_BINDINGS : DENSE_BINDINGS;
 
   const pipelines: DecodePlan["pipelines"] = [];
-  for (const batch of batches) {
-    const code = batch <= chunkRows ? decodeCode(options, batch, target) : null;
+  for (const batch of variant.batches) {
+    const code = batch <= chunkRows ? decodeCode(options, variant, batch, target) : null;
     if (code === null) continue;
     const pipeline = await gpu.pipeline({ label: `${label} x${batch}`, code, bindings });
     pipelines.push({ batch, pipeline });
@@ -230,7 +232,7 @@ async function planDecode(
 }
 
 /** The decode kernel's code, or null when it does not fit into workgroup memory. */
-function decodeCode(options: LinearOptions, batch: Batch, target: Target): string | null {
+function decodeCode(options: LinearOptions, variant: Variant, batch: Batch, target: Target) {
   const { gpu: { limits }, matrix: { order, format }, profile } = options;
   const workgroupBytes = limits.maxComputeWorkgroupStorageSize;
   if (order.kind === "dense") {
@@ -243,6 +245,8 @@ function decodeCode(options: LinearOptions, batch: Batch, target: Target): strin
     format,
     order,
     threads: order.rowBlock / perThread,
+    turnPositions: turnPositions(order, format.v, variant.turnK),
+    unroll: variant.unroll,
     rowsPerThread: perThread,
     batch,
     workgroupBytes,

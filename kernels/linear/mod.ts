@@ -8,5 +8,5 @@ export { loadMatrix, matrixBytes } from "./matrix.ts";
 export type { LoadOptions } from "./matrix.ts";
 export { randomTensors } from "./random_tensors.ts";
 export type { Linear, LinearOptions, Matrix, MatrixBlock, MatrixShape } from "./types.ts";
-export { DEFAULT_VARIANT } from "./variant.ts";
+export { defaultVariant } from "./variant.ts";
 export type { Variant } from "./variant.ts";

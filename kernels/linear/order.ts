@@ -63,8 +63,6 @@ export interface CodeOrder extends SplitOrder {
   unitPositions: number;
   /** Positions summed in float16 before they are scaled and added in float32. */
   groupPositions: number;
-  /** Positions of a run within a unit that has one scale. */
-  segmentPositions: number;
   /** Positions that share a scale: `g / v`. */
   scalePositions: number;
 }
@@ -111,9 +109,8 @@ export function codeOrder(
     Math.max(4, Math.floor(tuning.unitK / format.v)),
     4,
   );
-  const segmentPositions = gcd(unitPositions, scalePositions);
   const groupPositions = largestDivisor(
-    segmentPositions,
+    gcd(unitPositions, scalePositions),
     Math.max(1, Math.floor(FLOAT16_SUM_K / format.v)),
     1,
   );
@@ -123,7 +120,6 @@ export function codeOrder(
     kind: "code",
     unitPositions,
     groupPositions,
-    segmentPositions,
     scalePositions,
     rowBlock,
     ...splitUnits(positions / unitPositions, Math.ceil(n / rowBlock), 1, tuning),
@@ -152,13 +148,19 @@ function splitUnits(units: number, rowBlocks: number, minUnits: number, tuning: 
 }
 
 /** The largest divisor of `value` that is at most `bound` and a multiple of `step`. */
-function largestDivisor(value: number, bound: number, step: number): number {
+export function largestDivisor(value: number, bound: number, step: number): number {
   for (let d = bound - bound % step; d >= step; d -= step) if (value % d === 0) return d;
   invariant(false, `${step} divides ${value}`);
 }
 
-function gcd(a: number, b: number): number {
+/** The greatest common divisor. */
+export function gcd(a: number, b: number): number {
   return b === 0 ? a : gcd(b, a % b);
+}
+
+/** The least common multiple. */
+export function lcm(a: number, b: number): number {
+  return a / gcd(a, b) * b;
 }
 
 /** `value` rounded up to a multiple of `step`. */

@@ -72,10 +72,6 @@ ${putWgsl(store)}
 var<workgroup> tile_x: array<vec4<f16>, ${quads * tile.rows}>;
 var<workgroup> tile_w: array<vec4<f16>, ${quads * tile.columns}>;
 
-fn activation(row_at: u32, k: u32) -> f16 {
-  return x[row_at + k];
-}
-
 @compute @workgroup_size(${threads})
 fn main(
   @builtin(local_invocation_index) lane: u32,
@@ -96,6 +92,7 @@ ${weights.prologue}
     spread(
       quads * tile.rows,
       threads,
+      true,
       `let row = row0 + i / ${quads}u;
       let k = k0 + (i % ${quads}u) * 4u;
       var v = vec4<f16>(0.0h);
@@ -156,6 +153,7 @@ function denseTile(tile: PrefillTile, threads: number): TileSource {
     load: spread(
       octets * tile.columns,
       threads,
+      true,
       `let o = i / ${tile.columns}u;
       let column = i % ${tile.columns}u;
       let w = weights[(row_block + k0 / ${DENSE_OCTET}u + o) * ${DENSE_ROW_BLOCK}u + column0 % ${DENSE_ROW_BLOCK}u + column];
@@ -174,12 +172,11 @@ function codeTile(
   const words = depth / (4 * v);
   const vectors = v % 4 === 0;
   const element = (position: number, e: number) => {
-    const terms = Array.from({ length: m }, (_, k) => {
-      const at = `(${k * 256}u + ((word${k} >> ${8 * position}u) & 255u))`;
-      return vectors
-        ? `f32(codebooks[${at} * ${v / 4}u + ${e >> 2}u].${"xyzw"[e & 3]})`
-        : `f32(codebooks[${at} * ${v}u + ${e}u])`;
-    });
+    const terms = Array.from(
+      { length: m },
+      (_, k) =>
+        `f32(codebooks[(${k * 256}u + ((word${k} >> ${8 * position}u) & 255u)) * ${v}u + ${e}u])`,
+    );
     return `scale${position} * (${terms.join(" + ")})`;
   };
   const quadValue = (quad: number) => {
@@ -210,6 +207,7 @@ function codeTile(
     load: spread(
       words * tile.columns,
       threads,
+      true,
       `let column = i % ${tile.columns}u;
       let in_tile = i / ${tile.columns}u;
       let at = k0 / ${4 * v}u + in_tile;

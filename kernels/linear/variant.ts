@@ -14,15 +14,23 @@ export interface Variant {
    * rows, else the largest, repeatedly. Those that do not fit into workgroup memory are left out.
    */
   batches: readonly Batch[];
+  /** K that a CodeGEMM decode kernel takes at a turn. */
+  turnK: number;
+  /** Decode kernels as straight code: faster on a GPU, many seconds to compile for a CPU. */
+  unroll: boolean;
   /** Prefill tiles by rising rows: a step takes the smallest that holds its rows, else the largest. */
   prefillTiles: readonly PrefillTile[];
 }
 
-/** The choice for this project's first kernels; see `linear_bench.ts` for what decides it. */
-export const DEFAULT_VARIANT: Variant = {
-  batches: [1, 2, 4, 8],
-  prefillTiles: [{ rows: 32, columns: 64, patchRows: 4, patchColumns: 4 }],
-};
+/** The variant of an adapter until autotuning says better. */
+export function defaultVariant(software: boolean): Variant {
+  return {
+    batches: [1, 2, 4, 8],
+    turnK: 64,
+    unroll: !software,
+    prefillTiles: [{ rows: 32, columns: 64, patchRows: 4, patchColumns: 4 }],
+  };
+}
 
 /** Rows of N that a thread of a CodeGEMM decode kernel holds, so that 256 threads are enough. */
 export function rowsPerThread(order: CodeOrder): 4 | 8 {

@@ -115,10 +115,10 @@ export function times(count: number, make: (i: number) => string): string {
 
 /**
  * A statement that runs `body` for every `i` in `[0, count)`, spread over the workgroup's threads;
- * `body` reads `i`. Unrolled where it divides evenly, since loops cost more than they look.
+ * `body` reads `i`. Unrolled, if wanted, where it divides evenly, since loops cost more than they look.
  */
-export function spread(count: number, threads: number, body: string): string {
-  if (count % threads === 0 && count / threads <= 4) {
+export function spread(count: number, threads: number, unroll: boolean, body: string): string {
+  if (count === threads || (unroll && count % threads === 0 && count / threads <= 4)) {
     return times(count / threads, (j) => `{ let i = lane + ${j * threads}u;\n${body} }`);
   }
   return `for (var i = lane; i < ${count}u; i += ${threads}u) {\n${body}\n}`;

@@ -1,0 +1,115 @@
+/**
+ * What the decode kernels of CodeGEMM matrices are generated from, and what both ways of generating
+ * them share.
+ *
+ * @module
+ */
+import type { CodeGemmFormat } from "../../shared/model_config.ts";
+import type { NumericsProfile } from "../../shared/protocol.ts";
+import type { CodeOrder } from "./order.ts";
+import { largestDivisor, lcm } from "./order.ts";
+import type { Batch, BatchLanes, Target } from "./wgsl.ts";
+import { spread, times } from "./wgsl.ts";
+
+/** One kernel. Nothing but family, format and order decides a bit of its result. */
+export interface CodeKernel {
+  family: NumericsProfile["decode"];
+  format: CodeGemmFormat;
+  order: CodeOrder;
+  /** Threads of a workgroup; `threads * rowsPerThread` is the order's row block. */
+  threads: number;
+  /** Rows of N a thread holds: 4 or 8. */
+  rowsPerThread: number;
+  /** Rows of the step that a workgroup takes. */
+  batch: Batch;
+  /** Positions whose activations are in workgroup memory at a time; see {@linkcode turnPositions}. */
+  turnPositions: number;
+  /** Every position of a turn as code of its own, or loops. */
+  unroll: boolean;
+  /** Workgroup memory that may be used. */
+  workgroupBytes: number;
+  target: Target;
+}
+
+/** The parts of a kernel that differ between families and ways of generating. */
+export interface CodeBody {
+  /** Module scope. */
+  declarations: string;
+  /** Once, before the first turn. */
+  prologue: string;
+  /** Positions `[turn * turnPositions, (turn + 1) * turnPositions)`. */
+  turn: string;
+}
+
+/**
+ * The largest number of positions within `wantedK` of K that a kernel can take at a turn: whole code
+ * words and whole float16 groups.
+ */
+export function turnPositions(order: CodeOrder, v: number, wantedK: number): number {
+  const step = lcm(4, order.groupPositions);
+  return largestDivisor(order.unitPositions, Math.max(step, Math.floor(wantedK / v)), step);
+}
+
+/** Whether workgroup memory holds a Psumbook at least, or the activations of two turns. */
+export function codeKernelFits(kernel: CodeKernel): boolean {
+  return kernel.family === "codegemm"
+    ? psumbooksPerStage(kernel) >= 1
+    : 2 * activationBytes(kernel) <= kernel.workgroupBytes;
+}
+
+/** Bytes of the activations of one turn. */
+export function activationBytes({ turnPositions, format, batch }: CodeKernel): number {
+  return turnPositions * format.v * 2 * batch;
+}
+
+/** How many Psumbooks, of one position and codebook each, stand in workgroup memory at a time. */
+export function psumbooksPerStage(kernel: CodeKernel): number {
+  const free = kernel.workgroupBytes - activationBytes(kernel);
+  const psumbookBytes = 256 * 2 * kernel.batch;
+  return Math.min(
+    kernel.turnPositions * kernel.format.m,
+    Math.floor(free / psumbookBytes),
+  );
+}
+
+/**
+ * The activations of a turn into `activations0`, `activations1`, turned so that a vector holds all
+ * rows at one K.
+ *
+ * @param base WGSL that is added to the index
+ */
+export function loadActivations(kernel: CodeKernel, lanes: BatchLanes, base: string): string {
+  const count = kernel.turnPositions * kernel.format.v;
+  const body = times(lanes.vectors, (j) => {
+    const loads = Array.from(
+      { length: lanes.lanes },
+      (_, l) => `x[x${j * lanes.lanes + l} + at]`,
+    );
+    return `activations${j}[${base}i] = ${lanes.type("f16")}(${loads.join(", ")});`;
+  });
+  return spread(
+    count,
+    kernel.threads,
+    kernel.unroll,
+    `let at = turn * ${count}u + i;\n${body}`,
+  );
+}
+
+/** The float16 sum of a group, for every row of N that a thread holds. */
+export function sumVariables(kernel: CodeKernel, lanes: BatchLanes): string {
+  return times(
+    kernel.rowsPerThread,
+    (r) => times(lanes.vectors, (j) => `  var sum${r}_${j} = ${lanes.type("f16")}(0.0);`),
+  );
+}
+
+/** WGSL that adds a group's float16 sum, scaled, to the float32 accumulator of row `r`. */
+export function addGroup(lanes: BatchLanes, scale: string, r: number, j: number): string {
+  const factor = splat(lanes, "f32", scale);
+  return `acc${r}_${j} = fma(${factor}, ${lanes.type("f32")}(sum${r}_${j}), acc${r}_${j});`;
+}
+
+/** A scalar in every lane of a batch vector. */
+export function splat(lanes: BatchLanes, element: "f16" | "f32", scalar: string): string {
+  return lanes.lanes === 1 ? scalar : `${lanes.type(element)}(${scalar})`;
+}

@@ -1,0 +1,165 @@
+/**
+ * WGSL of the CodeGEMM decode kernels for software adapters: the same sums in loops, because
+ * compiling the unrolled kernels for a CPU takes many seconds each.
+ *
+ * A chain here begins with a multiply-add onto zero where the unrolled kernels begin with a product:
+ * the same bits, but for the sign of a zero, which the float32 accumulator loses.
+ *
+ * @module
+ */
+import type { CodeBody, CodeKernel } from "./code_kernel.ts";
+import {
+  addGroup,
+  loadActivations,
+  psumbooksPerStage,
+  splat,
+  sumVariables,
+} from "./code_kernel.ts";
+import type { BatchLanes } from "./wgsl.ts";
+import { times } from "./wgsl.ts";
+
+/** Psumbooks of as many positions as fit are made in workgroup memory, then gathered from. */
+export function rolledPsumbook(kernel: CodeKernel, lanes: BatchLanes): CodeBody {
+  const { format: { m, v }, order, threads, rowsPerThread, turnPositions } = kernel;
+  const stage = psumbooksPerStage(kernel);
+  const type32 = lanes.type("f32");
+  const zero = `${lanes.type("f16")}(0.0)`;
+  const fill = `
+      let entry = stage + i / 256u;
+      let from_x = (entry / ${m}u) * ${v}u;
+      let centroid = ((entry % ${m}u) * 256u + i % 256u) * ${v}u;
+${times(lanes.vectors, (j) => `      var p${j} = ${type32}(0.0);`)}
+      for (var e = 0u; e < ${v}u; e++) {
+        let c = f32(codebooks[centroid + e]);
+${
+    times(lanes.vectors, (j) =>
+      `        p${j} = fma(${type32}(activations${j}[from_x + e]), ${
+        splat(lanes, "f32", "c")
+      }, p${j});`)
+  }
+      }
+${times(lanes.vectors, (j) => `      book${j}[i] = ${lanes.type("f16")}(p${j});`)}`;
+  const turn = `
+    ${loadActivations(kernel, lanes, "")}
+    for (var stage = 0u; stage < ${turnPositions * m}u; stage += ${stage}u) {
+      let stage_end = min(stage + ${stage}u, ${turnPositions * m}u);
+      // The last stage's gathers are done, and the activations are there.
+      workgroupBarrier();
+      for (var i = lane; i < (stage_end - stage) * 256u; i += ${threads}u) {${fill}
+      }
+      workgroupBarrier();
+      for (var entry = stage; entry < stage_end; entry++) {
+        let position = entry / ${m}u;
+        let opens = position % ${order.groupPositions}u == 0u && entry % ${m}u == 0u;
+        let closes = (position + 1u) % ${order.groupPositions}u == 0u && entry % ${m}u == ${m - 1}u;
+${
+    times(rowsPerThread / 4, (t) =>
+      `        let at${t} = ${
+        codesOf(kernel, `entry % ${m}u`, t)
+      } + vec4<u32>((entry - stage) * 256u);`)
+  }
+        if (opens) {
+${times(rowsPerThread, (r) => times(lanes.vectors, (j) => `          sum${r}_${j} = ${zero};`))}
+        }
+${
+    times(rowsPerThread, (r) =>
+      times(lanes.vectors, (j) =>
+        `        sum${r}_${j} += book${j}[at${r >> 2}.${"xyzw"[r & 3]}];`))
+  }
+        if (closes) {
+${addGroups(kernel, lanes)}
+        }
+      }
+    }`;
+  return {
+    declarations: times(
+      lanes.vectors,
+      (j) =>
+        `var<workgroup> book${j}: array<${lanes.type("f16")}, ${stage * 256}>;\n` +
+        `var<workgroup> activations${j}: array<${lanes.type("f16")}, ${turnPositions * v}>;`,
+    ),
+    prologue: sumVariables(kernel, lanes),
+    turn,
+  };
+}
+
+/** A code gathers its centroid, which is multiplied with the activations. */
+export function rolledDequantize(kernel: CodeKernel, lanes: BatchLanes): CodeBody {
+  const { format: { m, v }, order, rowsPerThread, turnPositions } = kernel;
+  const count = turnPositions * v;
+  const zero = `${lanes.type("f16")}(0.0)`;
+  const turn = `
+    let half = (turn & 1u) * ${count}u;
+    ${loadActivations(kernel, lanes, "half + ")}
+    // One barrier is enough: a half is written again only after everyone passed the next barrier.
+    workgroupBarrier();
+    for (var position = 0u; position < ${turnPositions}u; position++) {
+      let opens = position % ${order.groupPositions}u == 0u;
+      let closes = (position + 1u) % ${order.groupPositions}u == 0u;
+${
+    times(m, (k) =>
+      times(rowsPerThread / 4, (t) =>
+        `      let at${k}_${t} = (${codesOf(kernel, `${k}u`, t)} + vec4<u32>(${
+          k * 256
+        }u)) * ${v}u;`))
+  }
+      for (var e = 0u; e < ${v}u; e++) {
+        if ((opens && e == 0u) || (e > 0u && e % 16u == 0u)) {
+${times(rowsPerThread, (r) => times(lanes.vectors, (j) => `          sum${r}_${j} = ${zero};`))}
+        }
+${times(lanes.vectors, (j) => `        let a${j} = activations${j}[half + position * ${v}u + e];`)}
+${
+    times(rowsPerThread, (r) => {
+      const centroids = Array.from(
+        { length: m },
+        (_, k) => `codebooks[at${k}_${r >> 2}.${"xyzw"[r & 3]} + e]`,
+      );
+      return `        { let c = ${splat(lanes, "f16", centroids.join(" + "))};\n` +
+        times(lanes.vectors, (j) => `          sum${r}_${j} = fma(a${j}, c, sum${r}_${j});`) + " }";
+    })
+  }
+        // A vector longer than the float16 bound is closed in between.
+        if ((closes && e == ${v - 1}u) || (e % 16u == 15u && e < ${v - 1}u)) {
+${addGroups(kernel, lanes)}
+        }
+      }
+    }`;
+  return {
+    declarations: times(
+      lanes.vectors,
+      (j) => `var<workgroup> activations${j}: array<${lanes.type("f16")}, ${2 * count}>;`,
+    ),
+    prologue: sumVariables(kernel, lanes),
+    turn,
+  };
+}
+
+/** The codes of row quad `t` at `position`, as `vec4<u32>`. */
+function codesOf(kernel: CodeKernel, codebook: string, t: number): string {
+  const { turnPositions, format: { m }, order, threads } = kernel;
+  const word = `(turn_at * ${turnPositions / 4}u + position / 4u) * ${m}u + ${codebook}`;
+  return `((codes[(${word}) * ${order.rowBlock / 4}u + lane + ${
+    t * threads
+  }u] >> vec4<u32>(8u * (position & 3u))) & vec4<u32>(255u))`;
+}
+
+/** Every row's group, with the scale at `position`. */
+function addGroups(kernel: CodeKernel, lanes: BatchLanes): string {
+  const { turnPositions, rowsPerThread, threads, order } = kernel;
+  return `          let scale_at = (scale_block + (turn * ${turnPositions}u + position) / ${order.scalePositions}u) * ${
+    order.rowBlock / 4
+  }u + lane;\n` +
+    times(
+      rowsPerThread / 4,
+      (t) => `          let scale${t} = vec4<f32>(scales[scale_at + ${t * threads}u]);`,
+    ) +
+    "\n" +
+    times(
+      rowsPerThread,
+      (r) =>
+        times(
+          lanes.vectors,
+          (j) => "          " + addGroup(lanes, `scale${r >> 2}.${"xyzw"[r & 3]}`, r, j),
+        ),
+    );
+}

@@ -1,0 +1,349 @@
+import { assert, assertEquals } from "@std/assert";
+import type { CodeGemmFormat, TensorSource } from "../../shared/model_config.ts";
+import { randomInt, seededRandom } from "../../shared/random.ts";
+import { Gpu } from "../gpu.ts";
+import type { LinearStore } from "../kernel.ts";
+import { linearScratchBytes } from "./linear.ts";
+import { loadMatrix } from "./matrix.ts";
+import { DENSE_TILE_K } from "./order.ts";
+import { randomTensors } from "./random_tensors.ts";
+import {
+  codegemmProduct,
+  denseProduct,
+  dequantize,
+  dequantizeProduct,
+  exactProduct,
+  prefillProduct,
+  readCodeTensors,
+} from "./reference.ts";
+import { bitsOf, randomActivations, runLinear, stepShape } from "./rig.ts";
+import type { Matrix, MatrixShape } from "./types.ts";
+import type { Variant } from "./variant.ts";
+
+/** `m2v8g128`, as formats are written. */
+function format(text: string): CodeGemmFormat {
+  const [, m, v, g] = /^m(\d+)v(\d+)g(\d+)$/.exec(text)!.map(Number);
+  return { m, v, g, b: 8 };
+}
+
+interface Case {
+  matrix: Matrix;
+  shape: MatrixShape;
+  weights: ArrayLike<number>;
+  tensors: TensorSource;
+  format: CodeGemmFormat | null;
+}
+
+async function makeCase(
+  gpu: Gpu,
+  shape: MatrixShape,
+  text: string,
+  maxBindingBytes?: number,
+): Promise<Case> {
+  const codes = text === "dense" ? null : format(text);
+  const tensors = randomTensors("w", shape, codes, shape[0] + shape[1]);
+  const matrix = await loadMatrix(gpu, tensors, "w", shape, codes, { maxBindingBytes });
+  const weights = codes === null
+    ? new Float16Array((await tensors.read("w.weight", 0, shape[0] * shape[1] * 2)).buffer)
+    : dequantize(await readCodeTensors(tensors, "w", shape, codes));
+  return { matrix, shape, weights, tensors, format: codes };
+}
+
+/** The reference of a kernel with its own order, for one row. */
+async function orderedReference(
+  of: Case,
+  kind: "codegemm" | "dequantize" | "prefill",
+  x: Float16Array,
+): Promise<Float32Array> {
+  const { matrix: { order }, shape, weights, tensors } = of;
+  if (kind === "prefill") return prefillProduct(weights, shape, x);
+  if (order.kind === "dense") return denseProduct(weights, shape, order, DENSE_TILE_K, x);
+  const codes = await readCodeTensors(tensors, "w", shape, of.format!);
+  return kind === "codegemm"
+    ? codegemmProduct(codes, order, x)
+    : dequantizeProduct(codes, order, x);
+}
+
+/** The largest error of a row, as a fraction of the sum of its products' magnitudes. */
+function worst(actual: Float32Array, expected: ArrayLike<number>, magnitude: Float64Array): number {
+  let most = 0;
+  for (let n = 0; n < actual.length; n++) {
+    const error = Math.abs(actual[n] - expected[n]) / magnitude[n];
+    if (!(error <= most)) most = error;
+  }
+  return most;
+}
+
+async function comparesWithReferences(
+  gpu: Gpu,
+  shape: MatrixShape,
+  text: string,
+  variant?: Partial<Variant>,
+  kinds: ("codegemm" | "dequantize" | "prefill")[] = ["codegemm", "dequantize", "prefill"],
+): Promise<void> {
+  const of = await makeCase(gpu, shape, text);
+  const [n, k] = shape;
+  const rows = 3;
+  const x = randomActivations(rows * k, n);
+  for (const kind of kinds) {
+    if (text === "dense" && kind === "dequantize") continue;
+    const y = await runLinear(gpu, {
+      matrix: of.matrix,
+      x: bitsOf(x),
+      shape: kind === "prefill" ? stepShape(0, rows) : stepShape(rows),
+      ranges: [kind === "prefill" ? "prefill" : "decode"],
+      profile: kind === "prefill" ? "codegemm" : kind,
+      variant,
+    });
+    const row = randomInt(seededRandom(n * k), rows);
+    const input = x.subarray(row * k, (row + 1) * k);
+    const output = y.subarray(row * n, (row + 1) * n);
+    const exact = exactProduct(of.weights, shape, input);
+    const ordered = await orderedReference(of, kind, input);
+    const at = `${n} x ${k} ${text} ${kind}`;
+    const exactError = worst(output, exact.y, exact.magnitude);
+    assert(
+      exactError <= (text === "dense" ? 1e-6 : kind === "dequantize" ? 1e-3 : 4e-4),
+      `${at}: ${exactError} from exact`,
+    );
+    // An adapter may round once or twice in a float16 multiply-add; everything else is fixed.
+    const orderedError = worst(output, ordered, exact.magnitude);
+    const bound = text === "dense" ? 1e-7 : kind === "dequantize" ? 1e-3 : 5e-5;
+    assert(orderedError <= bound, `${at}: ${orderedError} from its own order`);
+  }
+  of.matrix.destroy();
+}
+
+/** Runs `test` on an adapter with WebGPU's default limits, and closes it. */
+async function withGpu(
+  test: (gpu: Gpu) => Promise<void>,
+  limits: "default" | "adapter" = "default",
+) {
+  const gpu = await Gpu.open({ software: true, limits });
+  try {
+    await test(gpu);
+    gpu.check();
+  } finally {
+    gpu.close();
+  }
+}
+
+Deno.test("dense linear layers equal their references on awkward shapes", () =>
+  withGpu(async (gpu) => {
+    const shapes: MatrixShape[] = [[8, 8], [129, 172], [70, 255], [1, 1], [300, 1100], [384, 33]];
+    for (const shape of shapes) await comparesWithReferences(gpu, shape, "dense");
+  }));
+
+Deno.test("CodeGEMM linear layers equal their references in many formats, at default limits", () =>
+  withGpu(async (gpu) => {
+    await comparesWithReferences(gpu, [384, 384], "m1v4g128");
+    await comparesWithReferences(gpu, [300, 512], "m2v8g128");
+    await comparesWithReferences(gpu, [9, 1280], "m2v4g128");
+    await comparesWithReferences(gpu, [130, 192], "m1v8g64");
+    await comparesWithReferences(gpu, [64, 96], "m3v4g32");
+    await comparesWithReferences(gpu, [70, 72], "m2v3g9", undefined, ["codegemm", "prefill"]);
+    await comparesWithReferences(gpu, [40, 128], "m1v32g32", undefined, ["dequantize"]);
+  }));
+
+Deno.test("CodeGEMM linear layers equal their references at the adapter's limits", () =>
+  withGpu(async (gpu) => {
+    await comparesWithReferences(gpu, [1300, 256], "m2v8g128", undefined, ["codegemm"]);
+    await comparesWithReferences(gpu, [2100, 64], "m1v4g8", undefined, ["codegemm", "dequantize"]);
+  }, "adapter"));
+
+Deno.test("unrolled CodeGEMM kernels, as GPUs run them, equal their references", () =>
+  withGpu(async (gpu) => {
+    const variant = { unroll: true, turnK: 16 };
+    const kinds = ["codegemm", "dequantize"] as const;
+    await comparesWithReferences(gpu, [260, 384], "m1v4g128", variant, [...kinds]);
+    await comparesWithReferences(gpu, [70, 72], "m2v3g9", variant, [...kinds]);
+  }));
+
+Deno.test("a matrix of many splits is reduced in slices", () =>
+  withGpu(async (gpu) => {
+    const of = await makeCase(gpu, [40, 2048], "m1v8g64");
+    assert(of.matrix.order.slices > 1);
+    of.matrix.destroy();
+    await comparesWithReferences(gpu, [40, 2048], "m1v8g64", undefined, ["codegemm"]);
+  }));
+
+Deno.test("a row's bits do not depend on its company, its place, the batch or the turn", () =>
+  withGpu(async (gpu) => {
+    for (const [text, shape] of [["dense", [130, 520]], ["m2v4g32", [140, 192]]] as const) {
+      const of = await makeCase(gpu, shape, text);
+      const [n, k] = shape;
+      const rows = 37;
+      const x = bitsOf(randomActivations(rows * k, 3));
+      for (const profile of ["codegemm", "dequantize"] as const) {
+        if (text === "dense" && profile === "dequantize") continue;
+        const run = (decode: number, prefill: number, from: number, variant?: Partial<Variant>) =>
+          runLinear(gpu, {
+            matrix: of.matrix,
+            x: x.slice(from * k),
+            shape: stepShape(decode, prefill),
+            ranges: ["decode", "prefill"],
+            profile,
+            variant,
+          });
+        const decoded = await run(rows, 0, 0);
+        const prefilled = await run(0, rows, 0);
+        const same = (y: Float32Array, truth: Float32Array, row: number, at: number, how: string) =>
+          assertEquals(
+            new Uint32Array(y.slice(at * n, (at + 1) * n).buffer),
+            new Uint32Array(truth.slice(row * n, (row + 1) * n).buffer),
+            `${text} ${profile}: row ${row} ${how}`,
+          );
+        for (const row of [0, 5, 36]) {
+          same(await run(1, 0, row), decoded, row, 0, "alone");
+          same(await run(0, 1, row), prefilled, row, 0, "prefilled alone");
+        }
+        for (const decode of [2, 3, 6, 9]) {
+          const y = await run(decode, 7, 11);
+          for (let i = 0; i < decode; i++) same(y, decoded, 11 + i, i, `among ${decode}`);
+          for (let i = 0; i < 7; i++) {
+            same(y, prefilled, 11 + decode + i, decode + i, `prefilled beside ${decode}`);
+          }
+        }
+        const variants: Partial<Variant>[] = [
+          { batches: [1], turnK: 16 },
+          { batches: [2] },
+          { batches: [4], turnK: 32 },
+          { prefillTiles: [{ rows: 16, columns: 32, patchRows: 2, patchColumns: 2 }] },
+        ];
+        if (text !== "dense") variants.push({ batches: [2], unroll: true, turnK: 16 });
+        for (const variant of variants) {
+          const y = await run(4, 5, 20, variant);
+          const how = JSON.stringify(variant);
+          for (let i = 0; i < 4; i++) same(y, decoded, 20 + i, i, how);
+          for (let i = 4; i < 9; i++) same(y, prefilled, 20 + i, i, how);
+        }
+      }
+      of.matrix.destroy();
+    }
+  }));
+
+Deno.test("every store mode works through views with offsets and strides, and touches nothing else", () =>
+  withGpu(async (gpu) => {
+    for (const [text, shape] of [["dense", [50, 100]], ["m1v4g32", [50, 128]]] as const) {
+      const of = await makeCase(gpu, shape, text);
+      const [n, k] = shape;
+      const [decode, rows] = [2, 5];
+      const [xStride, xOffset, yStride, yOffset] = [k + 7, 5, n + 9, 3];
+      const x = randomActivations(xOffset + rows * xStride, 8);
+      const before = Float32Array.from(
+        { length: yOffset + rows * yStride },
+        (_, i) => Math.sin(i) * 3,
+      );
+      const run = (store: LinearStore) =>
+        runLinear(gpu, {
+          matrix: of.matrix,
+          x: bitsOf(x),
+          xStride,
+          xOffset,
+          y: before,
+          yStride,
+          yOffset,
+          store,
+          shape: stepShape(decode, rows - decode),
+          ranges: ["decode", "prefill"],
+        });
+      const stored = await run("store");
+      const added = await run("add");
+      const rounded = await run("add-round");
+      for (let row = 0; row < rows; row++) {
+        const at = xOffset + row * xStride;
+        const exact = exactProduct(of.weights, shape, x.subarray(at, at + k));
+        const product = stored.subarray(yOffset + row * yStride, yOffset + row * yStride + n);
+        assert(worst(product, exact.y, exact.magnitude) < 4e-4, `${text} row ${row}`);
+      }
+      for (let i = 0; i < before.length; i++) {
+        const column = (i - yOffset) % yStride;
+        if (i < yOffset || column >= n) {
+          assertEquals([stored[i], added[i], rounded[i]], Array(3).fill(before[i]));
+        } else {
+          assertEquals(added[i], Math.fround(before[i] + stored[i]));
+          assertEquals(rounded[i], Math.f16round(added[i]));
+        }
+      }
+      of.matrix.destroy();
+    }
+  }));
+
+Deno.test("rows that the step does not name may hold NaN", () =>
+  withGpu(async (gpu) => {
+    for (const [text, shape] of [["dense", [20, 40]], ["m1v4g32", [20, 64]]] as const) {
+      const of = await makeCase(gpu, shape, text);
+      const [n, k] = shape;
+      const x = randomActivations(12 * k, 4);
+      const clean = bitsOf(x);
+      const stale = clean.slice().fill(0x7e00, 5 * k);
+      for (const profile of ["codegemm", "dequantize"] as const) {
+        const run = (x: Uint16Array<ArrayBuffer>) =>
+          runLinear(gpu, {
+            matrix: of.matrix,
+            x,
+            shape: stepShape(3, 2, 3),
+            ranges: ["decode", "prefill"],
+            maxRows: 12,
+            profile,
+          });
+        assertEquals(await run(stale), await run(clean));
+      }
+      assert(n > 0);
+      of.matrix.destroy();
+    }
+  }));
+
+Deno.test("a matrix larger than a binding is split into row blocks, with the same bits", () =>
+  withGpu(async (gpu) => {
+    for (
+      const [text, shape, bytes] of [
+        ["dense", [600, 64], 128 * 64 * 2 * 2],
+        ["m1v4g32", [4200, 64], 64 * 1024],
+      ] as const
+    ) {
+      const whole = await makeCase(gpu, shape, text);
+      const split = await makeCase(gpu, shape, text, bytes);
+      assert(split.matrix.blocks.length > 1 && whole.matrix.blocks.length === 1);
+      assert(split.matrix.blocks.every((block) => block.weights.size <= bytes));
+      const run = (matrix: Matrix) =>
+        runLinear(gpu, {
+          matrix,
+          x: bitsOf(randomActivations(6 * shape[1], 2)),
+          shape: stepShape(3, 3),
+          ranges: ["decode", "prefill"],
+        });
+      assertEquals(await run(split.matrix), await run(whole.matrix));
+    }
+  }));
+
+Deno.test("a small scratch takes more dispatches and gives the same bits", () =>
+  withGpu(async (gpu) => {
+    const of = await makeCase(gpu, [40, 256], "m1v4g32");
+    const row = linearScratchBytes(of.shape, of.format, 8) / 8;
+    const run = (scratchBytes?: number) =>
+      runLinear(gpu, {
+        matrix: of.matrix,
+        x: bitsOf(randomActivations(21 * 256, 2)),
+        shape: stepShape(20),
+        ranges: ["decode"],
+        maxRows: 21,
+        scratchBytes,
+      });
+    const plenty = await run();
+    for (const rows of [1, 3, 8, 17]) assertEquals(await run(rows * row), plenty);
+  }));
+
+Deno.test("output rows run the decode kernels", () =>
+  withGpu(async (gpu) => {
+    const of = await makeCase(gpu, [300, 64], "dense");
+    const x = bitsOf(randomActivations(5 * 64, 2));
+    const common = { matrix: of.matrix, x };
+    const decoded = await runLinear(gpu, { ...common, shape: stepShape(5), ranges: ["decode"] });
+    const outputs = await runLinear(gpu, {
+      ...common,
+      shape: stepShape(2, 30, 5),
+      ranges: ["outputs"],
+    });
+    assertEquals(outputs.slice(0, 5 * 300), decoded);
+  }));
