@@ -7,7 +7,7 @@
  */
 import { FleetError } from "../shared/errors.ts";
 import type { Gpu } from "./gpu.ts";
-import { type Check, CheckBench, type Comparison } from "./self_test/check.ts";
+import type { Check, Comparison } from "./self_test/check.ts";
 import { checkLinear } from "./self_test/linear_check.ts";
 import { checkSampling } from "./self_test/sampling_check.ts";
 import {
@@ -15,6 +15,7 @@ import {
   checkEmbeddingAndNorms,
   checkSwiGlu,
 } from "./self_test/transformer_check.ts";
+import { Workbench } from "./workbench.ts";
 
 const CHECKS: Check[] = [
   checkLinear,
@@ -40,7 +41,7 @@ export async function selfTest(gpu: Gpu, checks = CHECKS): Promise<SelfTestResul
   const startedMs = performance.now();
   const written: ArrayBuffer[] = [];
   for (const check of checks) {
-    const bench = new CheckBench(gpu);
+    const bench = new Workbench(gpu);
     try {
       for (const comparison of await check(bench)) {
         gpu.check();

@@ -7,7 +7,8 @@ import type { RowRequest, SamplingParams } from "../../shared/frames.ts";
 import { gaussian, seededRandom } from "../../shared/random.ts";
 import { sampleReference } from "../sampling/reference.ts";
 import { createSampler } from "../sampling/mod.ts";
-import type { CheckBench, Comparison } from "./check.ts";
+import type { Workbench } from "../workbench.ts";
+import type { Comparison } from "./check.ts";
 
 /** More than one chunk. */
 const VOCAB = 2500;
@@ -48,7 +49,7 @@ export function samplingLogits(): Float32Array<ArrayBuffer>[] {
 }
 
 /** Draws, filters, penalties, scores and alternatives. */
-export async function checkSampling(bench: CheckBench): Promise<Comparison[]> {
+export async function checkSampling(bench: Workbench): Promise<Comparison[]> {
   const { gpu } = bench;
   const outputs = SAMPLING_REQUESTS.length;
   const rows = samplingLogits();

@@ -30,7 +30,8 @@ import {
   roundF16,
   swigluReference,
 } from "../transformer/reference.ts";
-import { type CheckBench, type Comparison, float16Tolerance } from "./check.ts";
+import type { Workbench } from "../workbench.ts";
+import { type Comparison, float16Tolerance } from "./check.ts";
 
 const LIMITS = { maxRows: 48, maxSequences: 1, maxOutputs: 4, pages: 4, contextTokens: 128 };
 
@@ -67,7 +68,7 @@ function float16Comparison(kernel: string, raw: ArrayBuffer, expected: number[])
 }
 
 /** Embedding, then the norm of all rows and of two gathered ones. */
-export async function checkEmbeddingAndNorms(bench: CheckBench): Promise<Comparison[]> {
+export async function checkEmbeddingAndNorms(bench: Workbench): Promise<Comparison[]> {
   const { gpu } = bench, hidden = 72, vocab = 20, cut = 9, epsilon = 1e-5;
   const tokens = [0, 8, 9, 19, 8], outputs = [4, 2];
   const random = seededRandom(31);
@@ -115,7 +116,7 @@ export async function checkEmbeddingAndNorms(bench: CheckBench): Promise<Compari
 }
 
 /** `silu(gate) * up`. */
-export async function checkSwiGlu(bench: CheckBench): Promise<Comparison[]> {
+export async function checkSwiGlu(bench: Workbench): Promise<Comparison[]> {
   const { gpu } = bench, width = 52, rows = 3;
   const gateUp = normals(seededRandom(32), rows * 2 * width).map((value) => 4 * value);
   const inputs = bench.keep(new StepBuffers(gpu, LIMITS, 16));
@@ -136,7 +137,7 @@ export async function checkSwiGlu(bench: CheckBench): Promise<Comparison[]> {
 }
 
 /** A prompt of two pages in one step, then two decode rows behind it. */
-export async function checkAttention(bench: CheckBench): Promise<Comparison[]> {
+export async function checkAttention(bench: Workbench): Promise<Comparison[]> {
   const { gpu } = bench, prompt = 40, rows = prompt + 2;
   const shape = headShape({ heads: 4, kvHeads: 2, headDim: 16 });
   const rope = { headDim: shape.headDim, theta: 10_000, scaling: null };
