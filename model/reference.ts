@@ -101,14 +101,15 @@ function forwardLayer(
   const keys = split("self_attn.k_proj", true);
   const values = split("self_attn.v_proj", false);
   return residual.map((x, position) => {
-    const attended: number[] = [];
+    const attended = new Float64Array(heads * headDim);
     for (let head = 0; head < heads; head++) {
       const kvHead = Math.floor(head * kvHeads / heads);
-      attended.push(...attentionReference(
+      const result = attentionReference(
         queries[position][head],
         keys.slice(0, position + 1).map((at) => at[kvHead]),
         values.slice(0, position + 1).map((at) => at[kvHead]),
-      ));
+      );
+      attended.set(result, head * headDim);
     }
     const between = add(x, multiply(linear["self_attn.o_proj"], attended));
     const again = rmsNormReference(between, postNorm, epsilon);
@@ -119,10 +120,12 @@ function forwardLayer(
   });
 }
 
-function multiply({ n, k, values }: ReferenceMatrix, x: ArrayLike<number>): Float64Array {
+function multiply({ n, k, values }: ReferenceMatrix, x: Float64Array): Float64Array {
   const out = new Float64Array(n);
   for (let i = 0; i < n; i++) {
-    for (let j = 0; j < k; j++) out[i] += values[i * k + j] * x[j];
+    let sum = 0;
+    for (let j = 0; j < k; j++) sum += values[i * k + j] * x[j];
+    out[i] = sum;
   }
   return out;
 }

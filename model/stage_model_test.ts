@@ -14,13 +14,13 @@ const LIMITS = { maxRows: 48, maxSequences: 4, maxOutputs: 48, pages: 24, contex
 const PROFILE = { version: 1, decode: "codegemm" } as const;
 const LOGITS = { type: "logits" } as const;
 
+/** One device for all tests but those that break it: most of their time goes into compiling kernels. */
+let shared: Promise<Gpu> | null = null;
+globalThis.addEventListener("unload", () => void shared?.then((gpu) => gpu.close()));
+
 async function withGpu(test: (gpu: Gpu) => Promise<void>): Promise<void> {
-  const gpu = await Gpu.open({ software: true, limits: "default" });
-  try {
-    await test(gpu);
-  } finally {
-    gpu.close();
-  }
+  shared ??= Gpu.open({ software: true, limits: "default" });
+  await test(await shared);
 }
 
 /** Page tables of `count` sequences, in an order of no meaning. */
@@ -183,29 +183,47 @@ Deno.test("two steps may be in flight, and replaying a step gives the same bits 
     weights.destroy();
   }));
 
-Deno.test("an error on the device makes the next finish throw", () =>
+Deno.test("a refused step touches no page", () =>
   withGpu(async (gpu) => {
-    const config = tinyConfig({ layers: 1 });
+    const config = tinyConfig();
     const tensors = randomModel(config, 6);
-    const weights = new WeightStore(gpu);
-    for (const part of ["embedding", "layer.0"] as const) await weights.load(config, part, tensors);
-    const spec = { config, from: 0, to: 1, first: true, last: false };
-    const stage = await StageModel.load(
-      gpu,
-      { ...spec, limits: LIMITS, profile: PROFILE },
-      weights,
-    );
-    const ticket = stage.submit(
-      stepBatch(pageTables(1), [{ sequence: 0, position: 0, token: 1 }], 1),
-      null,
-    );
-    gpu.device.queue.writeBuffer(gpu.storage("small", 16), 0, new Uint8Array(64));
-    const error = await assertRejects(async () => {
-      await new Promise((resolve) => gpu.device.addEventListener("uncapturederror", resolve));
-      await stage.finish(ticket);
-    }, FleetError);
-    assertEquals(error.code, "gpu");
+    const tokens = randomTokens(config, 12, 7);
+    const run = async (meddle: (chain: StageChain) => Promise<void>) => {
+      const chain = await StageChain.load({ gpu, config, tensors, limits: LIMITS });
+      await chain.step(stepBatch(pageTables(1), rowsOf(0, tokens, 0, 10), 0));
+      await meddle(chain);
+      const bits = await logitBits(chain, stepBatch(pageTables(1), rowsOf(0, tokens, 10, 12), 2));
+      chain.destroy();
+      return bits;
+    };
+    const untouched = await run(() => Promise.resolve());
+    const refused = await run(async (chain) => {
+      const other = tokens.map((token) => (token + 1) % config.vocabSize);
+      const rows = [...rowsOf(0, other, 3, 9), { sequence: 0, position: 9, token: 101 }];
+      const bad = stepBatch(pageTables(1), rows, 0);
+      const error = await assertRejects(() => chain.step(bad), FleetError);
+      assertEquals(error.code, "bad-frame");
+    });
+    assertEquals(refused, untouched);
   }));
+
+Deno.test("an error on the device makes the next finish throw", async () => {
+  const gpu = await Gpu.open({ software: true, limits: "default" });
+  const config = tinyConfig({ layers: 1 });
+  const weights = new WeightStore(gpu);
+  const tensors = randomModel(config, 6);
+  for (const part of ["embedding", "layer.0"] as const) await weights.load(config, part, tensors);
+  const spec = { config, from: 0, to: 1, first: true, last: false };
+  const stage = await StageModel.load(gpu, { ...spec, limits: LIMITS, profile: PROFILE }, weights);
+  const rows = [{ sequence: 0, position: 0, token: 1 }];
+  const ticket = stage.submit(stepBatch(pageTables(1), rows, 1), null);
+  const told = new Promise((resolve) => gpu.device.addEventListener("uncapturederror", resolve));
+  gpu.device.queue.writeBuffer(gpu.storage("small", 16), 0, new Uint8Array(64));
+  await told;
+  const error = await assertRejects(() => stage.finish(ticket), FleetError);
+  assertEquals(error.code, "gpu");
+  gpu.close();
+});
 
 Deno.test("a part is loaded once, shared by stages, and freed when it is no longer named", () =>
   withGpu(async (gpu) => {
