@@ -44,6 +44,13 @@ const isLive = (page: Page) => page.waitForSelector('#link[data-state="live"]');
 const waitForText = (page: Page, selector: string, text: string) =>
   page.locator(selector, { hasText: text }).first().waitFor();
 
+/** Elements whose content is wider than they are. */
+function tooWide(page: Page): Promise<string[]> {
+  return page.evaluate(`[...document.querySelectorAll("html, .card, .stage > *, .node")]
+    .filter((each) => each.scrollWidth > each.clientWidth + 1)
+    .map((each) => each.className || each.tagName)`);
+}
+
 async function shareOf(page: Page, bar: string): Promise<number> {
   const style = await page.locator(`${bar} > i`).first().getAttribute("style");
   return Number(/width: ([\d.]+)%/.exec(style ?? "")?.[1]) / 100;
@@ -77,12 +84,17 @@ Deno.test({
           assertStringIncludes(text, `${stage.latency!.total.p99.toFixed(1)} ms`);
           assertStringIncludes(text, `${stage.latency!.gpu.p50.toFixed(1)} ms`);
           assertStringIncludes(text, `${stage.predictedMs.toFixed(1)} ms`);
+          assertStringIncludes(text, `${engine.picture.workers[index].roundTripMs!.toFixed(2)} ms`);
         }
         const label = await stages.nth(0).locator(".stack").first().getAttribute("aria-label");
         assertStringIncludes(label!, "p50: Wire 0.");
         assertStringIncludes(await page.locator("#spares").innerText(), "Left out: with 3 layers");
         assertStringIncludes(await page.locator("#events").innerText(), "gpu-9 was lost");
         assert(await page.locator(".wires circle").count() > 0, "tokens move");
+        for (const width of [1400, 1280, 1000, 820, 600]) {
+          await page.setViewportSize({ width, height: 900 });
+          assertEquals(await tooWide(page), [], `at ${width} pixels`);
+        }
       },
     );
 
@@ -164,10 +176,7 @@ Deno.test({
       await page.locator("#key button").click();
       await isLive(page);
       assert(!(await page.locator("#key").isVisible()));
-      const tooWide = await page.evaluate(
-        "document.documentElement.scrollWidth - document.documentElement.clientWidth",
-      );
-      assertEquals(tooWide, 0);
+      assertEquals(await tooWide(page), []);
       await page.close();
     }
   } finally {

@@ -30,6 +30,8 @@ export const GLOSSARY = {
   "Readback": "From the GPU's memory to the frame that goes on.",
   "Predicted":
     "What the planner expects of one decode step at this stage; the mark on the p50 bar stands there.",
+  "Round trip":
+    "A control message to the worker and back, median. Frames that it dropped (stale, doubled, malformed) are counted beside it.",
   "Epoch, attempt":
     "Every new plan has a new epoch. The attempt grows when steps are sent again within it.",
   "Moving dots": "One for each running sequence, 16 at most; their speed is not to scale.",
@@ -208,6 +210,7 @@ export function createStage() {
   const busyBar = bar("busy");
   const latency = createLatency();
   const progress = createProgress();
+  const link = line("Round trip", "round trip");
   const note = h("p", { class: "quiet" });
   const element = h(
     "article",
@@ -217,6 +220,7 @@ export function createStage() {
     h("div", {}, memory.element, memoryBar.element),
     h("div", {}, busy.element, busyBar.element),
     latency.element,
+    link.element,
     progress.element,
     note,
   );
@@ -240,12 +244,19 @@ export function createStage() {
       busy.set(percent(stage.busy));
       busyBar.update(stage.busy ?? 0, `GPU busy: ${percent(stage.busy)}`);
       latency.update(stage, scaleMs);
+      link.set(linkText(worker));
       progress.update(worker?.progress ?? null);
       const quiet = worker === undefined || worker.state === "serving";
       note.hidden = quiet;
       say(note, quiet ? "" : worker.note);
     },
   };
+}
+
+function linkText(worker) {
+  if (!worker) return "–";
+  const dropped = Object.values(worker.dropped).reduce((sum, each) => sum + each, 0);
+  return ms(worker.roundTripMs) + (dropped > 0 ? `, ${count(dropped)} dropped` : "");
 }
 
 function createProgress() {

@@ -13,7 +13,7 @@ const MAX_DOTS = 16;
 const WIRE_Y = 32;
 const CORNER = 12;
 /** What a stage's card needs at least, pixels. */
-const CARD_WIDTH = 255;
+const CARD_WIDTH = 264;
 
 /**
  * Draws into `container`; the result draws a snapshot.
