@@ -34,8 +34,15 @@ const SPLIT_K = 64;
 const SPLIT_TOKENS = LIMITS.pageTokens;
 /** Decode attention runs its rows in batches whose partial results stay under this, or one row. */
 const ATTENTION_SCRATCH_BYTES = 32 * 2 ** 20;
-/** Copies of a row of logits that sampling works with: adjusted, and its thresholds and prefixes. */
-const SAMPLING_COPIES = 2;
+/** Partial sums of decode rows stay under this, or eight rows. */
+const LINEAR_SCRATCH_BYTES = 64 * 2 ** 20;
+const LINEAR_SCRATCH_ROWS = 8;
+/** Sampling: bytes per output, and per output and chunk of its vocabulary. */
+const SAMPLING_OUTPUT_BYTES = 8 * 2 ** 10;
+const SAMPLING_CHUNK_BYTES = 256;
+const SAMPLING_CHUNK_TOKENS = 2048;
+/** A result of a row that samples, with its alternatives. */
+const RESULT_BYTES = 256;
 /** Uniforms, and buffers too small to name. */
 const SMALL_BUFFERS_BYTES = 1 * 2 ** 20;
 
@@ -132,15 +139,20 @@ function attentionPartials({ heads, headDim }: ModelConfig, limits: StageLimits)
 
 /** Partial sums over K of the linear layer that takes most; all layers share one buffer. */
 function linearPartials(config: ModelConfig, limits: StageLimits): number {
-  const perRow = ([n, k]: [number, number], block: number) => {
+  const bytes = ([n, k]: [number, number], block: number, maxRows: number) => {
     const paddedN = roundUp(n, N_ALIGN) + N_ALIGN;
     const splits = Math.ceil(k / SPLIT_K);
-    return Math.min(splits * paddedN, SPLIT_WORKGROUPS * block + paddedN) * F32;
+    const row = Math.min(splits * paddedN, SPLIT_WORKGROUPS * block + paddedN) * F32;
+    const all = row * roundUp(maxRows, LINEAR_SCRATCH_ROWS);
+    return Math.min(all, Math.max(LINEAR_SCRATCH_BYTES, row * LINEAR_SCRATCH_ROWS));
   };
   const block = config.codegemm ? N_BLOCK : DENSE_N_BLOCK;
-  const layers = LINEAR_NAMES.map((name) => perRow(linearShape(config, name), block));
-  const head = perRow([config.vocabSize, config.hiddenSize], DENSE_N_BLOCK);
-  return Math.max(limits.maxRows * Math.max(...layers), limits.maxOutputs * head);
+  const shapes = LINEAR_NAMES.map((name) => linearShape(config, name));
+  const head: [number, number] = [config.vocabSize, config.hiddenSize];
+  return Math.max(
+    ...shapes.map((shape) => bytes(shape, block, limits.maxRows)),
+    bytes(head, DENSE_N_BLOCK, limits.maxOutputs),
+  );
 }
 
 /** Rows, tiles, page tables and output rows of a step, four words each at most. */
@@ -153,17 +165,23 @@ function stepInputs(limits: StageLimits): number {
 
 /** Mapped buffers to read outputs back, and what the driver holds of weights being written. */
 function staging(config: ModelConfig, stage: StageRange, limits: StageLimits): number {
+  // Rows of logits are read back as far as they fit a frame.
   const outputs = stage.last
-    ? limits.maxOutputs * config.vocabSize * F32
+    ? limits.maxOutputs * RESULT_BYTES + LIMITS.maxFrameBytes
     : limits.maxRows * config.hiddenSize * F16;
-  return 2 * LIMITS.maxStepsInFlightPerStage * outputs + LIMITS.maxShardBytes;
+  return LIMITS.maxStepsInFlightPerStage * outputs + LIMITS.maxShardBytes;
 }
 
-/** The output head's rows: normed input, logits, and what sampling makes of them. */
+/** The output head's rows: normed input, logits, and what sampling keeps of them. */
 function outputRows({ hiddenSize, vocabSize }: ModelConfig, limits: StageLimits): number {
-  const sparse = (LIMITS.maxBiasEntries + LIMITS.maxCountEntries) * 2 * U32;
-  return limits.maxOutputs *
-    (hiddenSize * F16 + (1 + SAMPLING_COPIES) * vocabSize * F32 + sparse);
+  const chunks = Math.ceil(vocabSize / SAMPLING_CHUNK_TOKENS);
+  const perOutput = hiddenSize * F16 + vocabSize * F32 + SAMPLING_OUTPUT_BYTES +
+    chunks * SAMPLING_CHUNK_BYTES;
+  const adjustments = Math.min(
+    limits.maxOutputs * (LIMITS.maxBiasEntries + LIMITS.maxCountEntries),
+    LIMITS.maxAdjustmentsPerStep,
+  );
+  return limits.maxOutputs * perOutput + adjustments * 2 * U32;
 }
 
 function roundUp(value: number, step: number): number {
