@@ -12,12 +12,15 @@ import {
   type SchedulerEvent,
   type SubmittedSequence,
 } from "../../coordinator/scheduler.ts";
+import { assertEquals } from "@std/assert";
 import { type Timer, VirtualClock } from "../../shared/clock.ts";
+import { decodeFrame, encodeFrame } from "../../shared/codec.ts";
 import { invariant } from "../../shared/errors.ts";
-import type { FrameOrder, RowResult, StepBatch } from "../../shared/frames.ts";
+import type { FrameOrder, RowResult, StepBatch, StepFrame } from "../../shared/frames.ts";
 import { type Random, randomInt } from "../../shared/random.ts";
 import { judgeFrame, openInbox } from "../../worker/stage_inbox.ts";
-import { HashStage, LAYERS } from "./hash_model.ts";
+import { misfit, type StageBounds } from "../../worker/stage_bounds.ts";
+import { HashStage, LAYERS, VOCABULARY } from "./hash_model.ts";
 
 /** What links do to messages; chances in `[0, 1]`. */
 export interface Faults {
@@ -53,6 +56,37 @@ interface Frame {
   hidden: Uint32Array | null;
 }
 
+/** Encoding every frame would take most of the time. */
+const WIRE_EVERY = 4;
+
+/** What the codec and a stage's bounds say of a step: they must let it through unchanged. */
+function overTheWire(order: FrameOrder, { batch }: ScheduledStep, config: SchedulerConfig): void {
+  const frame: StepFrame = {
+    type: "step",
+    ...order,
+    issuedAtMs: 0,
+    batch,
+    hidden: null,
+    traces: [],
+  };
+  const decoded = decodeFrame(encodeFrame(frame));
+  invariant(decoded.type === "step", "a step is a step");
+  assertEquals(decoded.batch, batch);
+  const bounds: StageBounds = {
+    limits: {
+      maxRows: config.maxRows,
+      maxSequences: config.maxSequencesPerStep,
+      maxOutputs: config.maxOutputs,
+      pages: config.pages,
+      contextTokens: config.contextTokens,
+    },
+    config: { hiddenSize: 64, vocabSize: VOCABULARY },
+    first: true,
+  };
+  const reason = misfit(decoded, bounds);
+  invariant(!reason, `a stage would drop the step: ${reason}`);
+}
+
 /** Layers of each stage, as even as can be. */
 function cut(stages: number): { from: number; to: number }[] {
   return Array.from({ length: stages }, (_, i) => ({
@@ -75,6 +109,7 @@ export class SimulatedFleet {
   #ledger!: Ledger<ScheduledStep>;
   #stages: SimulatedStage[] = [];
   #deadline: Timer | null = null;
+  #sent = 0;
   #results = 0;
 
   constructor(options: FleetOptions) {
@@ -137,6 +172,7 @@ export class SimulatedFleet {
 
   #send(order: FrameOrder, scheduled: ScheduledStep): void {
     const stage = this.#stages[0];
+    if (this.#sent++ % WIRE_EVERY === 0) overTheWire(order, scheduled, this.#config);
     this.deliver(() => stage.receive({ order, scheduled, hidden: null }));
   }
 
