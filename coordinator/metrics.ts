@@ -53,7 +53,7 @@ export class Metrics {
     "fleet_generated_tokens_total",
     "Tokens drawn for clients",
   );
-  readonly #fleet = fleetGauges(this.#registry);
+  readonly #fleet = fleetMetrics(this.#registry);
 
   /** The content type of {@linkcode page}. */
   get contentType(): string {
@@ -90,7 +90,7 @@ export class Metrics {
 
   /** The whole page in Prometheus' text format. */
   page(snapshot: FleetSnapshot): Promise<string> {
-    setFleetGauges(this.#fleet, snapshot);
+    setFleetMetrics(this.#fleet, snapshot);
     return this.#registry.metrics();
   }
 
@@ -103,9 +103,11 @@ export class Metrics {
   }
 }
 
-function fleetGauges(registry: Registry) {
+function fleetMetrics(registry: Registry) {
   const gauge = (name: string, help: string, labelNames: string[] = []) =>
     new Gauge({ name: `fleet_${name}`, help, labelNames, registers: [registry] });
+  const total = (name: string, help: string, labelNames: string[] = []) =>
+    new Counter({ name: `fleet_${name}_total`, help, labelNames, registers: [registry] });
   return {
     state: gauge("state", "1 for the state the fleet is in", ["state"]),
     epoch: gauge("plan_epoch", "Epoch of the current plan, 0 without one"),
@@ -119,10 +121,10 @@ function fleetGauges(registry: Registry) {
     pages: gauge("kv_pages", "KV pages of the plan"),
     pagesUsed: gauge("kv_pages_used", "KV pages in use"),
     steps: gauge("steps_in_flight", "Steps in flight"),
-    tokens: gauge("tokens_drawn_total", "Tokens drawn since start, canaries included"),
-    sequences: gauge("sequences_total", "Sequences admitted since start"),
-    preemptions: gauge("preemptions_total", "Sequences preempted since start"),
-    reissues: gauge("reissues_total", "Attempts raised since start"),
+    tokens: total("tokens_drawn", "Tokens drawn since start, canaries included"),
+    sequences: total("sequences", "Sequences admitted since start"),
+    preemptions: total("preemptions", "Sequences preempted since start"),
+    reissues: total("reissues", "Attempts raised since start"),
     latency: gauge("stage_latency_ms", "A step's time at a stage, ms", [
       "stage",
       "worker",
@@ -141,52 +143,54 @@ function fleetGauges(registry: Registry) {
     used: gauge("worker_used_bytes", "GPU memory its stage takes", ["worker"]),
     workerState: gauge("worker_state", "1 for the state a worker is in", ["worker", "state"]),
     beatAge: gauge("worker_beat_age_ms", "Since a worker's last beat, ms", ["worker"]),
-    dropped: gauge("worker_dropped_frames_total", "Frames a worker dropped", ["worker", "reason"]),
+    dropped: total("worker_dropped_frames", "Frames a worker dropped", ["worker", "reason"]),
   };
 }
 
-/** Gauges with labels are emptied first: what left the fleet leaves the page. */
-function setFleetGauges(gauges: ReturnType<typeof fleetGauges>, snapshot: FleetSnapshot): void {
-  for (const gauge of Object.values(gauges)) gauge.reset();
+/**
+ * Everything is emptied first: what left the fleet leaves the page, and totals, which the fleet counts
+ * itself, are set by counting up to them.
+ */
+function setFleetMetrics(metrics: ReturnType<typeof fleetMetrics>, snapshot: FleetSnapshot): void {
+  for (const metric of Object.values(metrics)) metric.reset();
   const { load, plan } = snapshot;
-  for (const state of STATES) gauges.state.set({ state }, state === snapshot.state ? 1 : 0);
-  gauges.epoch.set(plan?.epoch ?? 0);
-  gauges.attempt.set(plan?.attempt ?? 0);
-  gauges.predictedTokenMs.set(plan?.predictedTokenMs ?? 0);
-  gauges.measuredTokenMs.set(plan?.measuredTokenMs ?? 0);
-  gauges.predictedRate.set(plan?.predictedTokensPerSecond ?? 0);
-  gauges.rate.set(load.tokensPerSecond);
-  gauges.running.set(load.running);
-  gauges.waiting.set(load.waiting);
-  gauges.pages.set(load.pages);
-  gauges.pagesUsed.set(load.pagesUsed);
-  gauges.steps.set(load.stepsInFlight);
-  gauges.tokens.set(load.tokensTotal);
-  gauges.sequences.set(load.sequencesTotal);
-  gauges.preemptions.set(load.preemptionsTotal);
-  gauges.reissues.set(load.reissuesTotal);
-  for (const stage of plan?.stages ?? []) setStageGauges(gauges, stage);
+  for (const state of STATES) metrics.state.set({ state }, state === snapshot.state ? 1 : 0);
+  metrics.epoch.set(plan?.epoch ?? 0);
+  metrics.attempt.set(plan?.attempt ?? 0);
+  metrics.predictedTokenMs.set(plan?.predictedTokenMs ?? 0);
+  metrics.measuredTokenMs.set(plan?.measuredTokenMs ?? 0);
+  metrics.predictedRate.set(plan?.predictedTokensPerSecond ?? 0);
+  metrics.rate.set(load.tokensPerSecond);
+  metrics.running.set(load.running);
+  metrics.waiting.set(load.waiting);
+  metrics.pages.set(load.pages);
+  metrics.pagesUsed.set(load.pagesUsed);
+  metrics.steps.set(load.stepsInFlight);
+  metrics.tokens.inc(load.tokensTotal);
+  metrics.sequences.inc(load.sequencesTotal);
+  metrics.preemptions.inc(load.preemptionsTotal);
+  metrics.reissues.inc(load.reissuesTotal);
+  for (const stage of plan?.stages ?? []) setStageMetrics(metrics, stage);
   for (const { worker, memoryBytes, usedBytes, state, beatAgeMs, dropped } of snapshot.workers) {
-    gauges.memory.set({ worker }, memoryBytes);
-    gauges.used.set({ worker }, usedBytes);
-    gauges.workerState.set({ worker, state }, 1);
-    gauges.beatAge.set({ worker }, beatAgeMs);
+    metrics.memory.set({ worker }, memoryBytes);
+    metrics.used.set({ worker }, usedBytes);
+    metrics.workerState.set({ worker, state }, 1);
+    metrics.beatAge.set({ worker }, beatAgeMs);
     for (const [at, [reason, count]] of Object.entries(dropped).entries()) {
-      if (at < MAX_REASONS) gauges.dropped.set({ worker, reason }, count);
-      else gauges.dropped.inc({ worker, reason: "other" }, count);
+      metrics.dropped.inc({ worker, reason: at < MAX_REASONS ? reason : "other" }, count);
     }
   }
 }
 
-function setStageGauges(gauges: ReturnType<typeof fleetGauges>, stage: StageSnapshot): void {
+function setStageMetrics(metrics: ReturnType<typeof fleetMetrics>, stage: StageSnapshot): void {
   const labels = { stage: String(stage.index), worker: stage.worker };
-  gauges.predicted.set(labels, stage.predictedMs);
-  if (stage.busy !== null) gauges.busy.set(labels, stage.busy);
+  metrics.predicted.set(labels, stage.predictedMs);
+  if (stage.busy !== null) metrics.busy.set(labels, stage.busy);
   if (stage.latency === null) return;
   for (const part of PARTS) {
     for (const [key, quantile] of Object.entries(QUANTILES)) {
       const value = stage.latency[part][key as keyof typeof QUANTILES];
-      gauges.latency.set({ ...labels, part, quantile }, value);
+      metrics.latency.set({ ...labels, part, quantile }, value);
     }
   }
 }
