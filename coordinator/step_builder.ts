@@ -37,7 +37,7 @@ export interface StepEntry {
 }
 
 /** The shape of an empty step. */
-export const EMPTY_SHAPE: StepShape = {
+const EMPTY_SHAPE: StepShape = {
   rows: 0,
   sequences: 0,
   pageEntries: 0,
