@@ -1,5 +1,5 @@
 /**
- * What Prometheus reads: counters of the API, and gauges taken from the fleet's snapshot when the
+ * What Prometheus reads: counters of the API, and the figures taken from the fleet's snapshot when the
  * page is asked for. Labels are bounded: routes, statuses and codes are ours, stages and workers are
  * those of the moment.
  *

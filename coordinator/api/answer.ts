@@ -4,7 +4,7 @@
  * @module
  */
 import type { ApiContext } from "./context.ts";
-import { toApiFailure } from "./errors.ts";
+import { logText, toApiFailure } from "./errors.ts";
 import type { DrawnToken, Generation, Piece, Usage } from "./generation.ts";
 import type { SharedRequest } from "./schemas.ts";
 import { eventStream } from "./sse.ts";
@@ -82,16 +82,10 @@ export function streamAnswer(
       yield "[DONE]";
     } catch (error) {
       const failure = toApiFailure(error);
-      const { code, message } = failure.body.error;
-      api.metrics.streamFailed(code ?? "other");
-      if (failure.ours) api.log("error", `A stream failed: ${code}: ${inWords(error, message)}`);
+      api.metrics.streamFailed(failure.body.error.code ?? "other");
+      if (failure.ours) api.log("error", `A stream failed: ${logText(error)}`);
       yield JSON.stringify(failure.body);
     }
   }
   return eventStream(events(), api.clock, abort);
-}
-
-/** An error for the log: with what a client is not told. */
-export function inWords(error: unknown, message: string): string {
-  return error instanceof Error ? error.stack ?? error.message : message;
 }

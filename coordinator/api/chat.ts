@@ -5,6 +5,7 @@
  */
 import type { Handler } from "hono";
 import { FleetError } from "../../shared/errors.ts";
+import { abortWith } from "./abort.ts";
 import { answerHead, type ChunkShape, collect, streamAnswer } from "./answer.ts";
 import { readJson } from "./body.ts";
 import type { ApiContext } from "./context.ts";
@@ -47,14 +48,6 @@ export function chatCompletions(api: ApiContext): Handler {
       usage: generation.usage(),
     });
   };
-}
-
-/** A controller that follows `signal`, and may be aborted for reasons of our own. */
-export function abortWith(signal: AbortSignal): AbortController {
-  const abort = new AbortController();
-  if (signal.aborted) abort.abort(signal.reason);
-  signal.addEventListener("abort", () => abort.abort(signal.reason), { once: true });
-  return abort;
 }
 
 /** The messages through the model's own template, as tokens. The template writes the BOS itself. */

@@ -4,9 +4,9 @@
  * @module
  */
 import type { Handler } from "hono";
+import { abortWith } from "./abort.ts";
 import { answerHead, collect, streamAnswer } from "./answer.ts";
 import { readJson } from "./body.ts";
-import { abortWith } from "./chat.ts";
 import type { ApiContext } from "./context.ts";
 import { type Piece, startGeneration } from "./generation.ts";
 import { completionLogprobs } from "./logprobs.ts";

@@ -4,7 +4,7 @@
  * @module
  */
 import { HTTPException } from "hono/http-exception";
-import { FleetError, type FleetErrorCode } from "../../shared/errors.ts";
+import { FleetError, type FleetErrorCode, toFleetError } from "../../shared/errors.ts";
 
 /** OpenAI's shape of an error, as the body of an answer or as a data event in mid-stream. */
 export interface OpenAiError {
@@ -88,4 +88,11 @@ function failure(
 /** A failure as an answer. */
 export function failureResponse({ status, headers, body }: ApiFailure): Response {
   return Response.json(body, { status, headers });
+}
+
+/** An error for the log: with the code and the place that a client is not told. */
+export function logText(error: unknown): string {
+  const { code, message } = toFleetError(error);
+  const stack = error instanceof Error ? error.stack : undefined;
+  return `${code}: ${stack ?? message}`;
 }

@@ -4,7 +4,7 @@
  * @module
  */
 import type { Handler } from "hono";
-import { abortWith } from "./chat.ts";
+import { abortWith } from "./abort.ts";
 import type { ApiContext } from "./context.ts";
 import { SnapshotFeed } from "./snapshot_feed.ts";
 import { eventStream } from "./sse.ts";

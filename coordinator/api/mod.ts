@@ -7,12 +7,11 @@ import { type Handler, Hono } from "hono";
 import { routePath } from "hono/route";
 import { HTTPException } from "hono/http-exception";
 import { monitorPage } from "../monitor/mod.ts";
-import { inWords } from "./answer.ts";
 import { requireKey } from "./auth.ts";
 import { chatCompletions } from "./chat.ts";
 import { completions } from "./completions.ts";
 import type { ApiContext } from "./context.ts";
-import { failureResponse, toApiFailure } from "./errors.ts";
+import { failureResponse, logText, toApiFailure } from "./errors.ts";
 import { fleetEvents, fleetSnapshot, metricsPage } from "./fleet.ts";
 import { healthz, readyz } from "./health.ts";
 import { getModel, listModels } from "./models.ts";
@@ -74,10 +73,7 @@ export function createApi(api: ApiContext): Hono {
   });
   app.onError((error, { req }) => {
     const failure = toApiFailure(error);
-    const { code, message } = failure.body.error;
-    if (failure.ours) {
-      api.log("error", `${req.method} ${req.path}: ${code}: ${inWords(error, message)}`);
-    }
+    if (failure.ours) api.log("error", `${req.method} ${req.path}: ${logText(error)}`);
     return failureResponse(failure);
   });
   return app;
