@@ -13,12 +13,8 @@ import { invariant } from "../shared/errors.ts";
 import type { CodeGemmFormat } from "../shared/model_config.ts";
 import { type Random, randomInt } from "../shared/random.ts";
 
-/** Where the search for scales begins: they are refitted to the codes later. */
-export type ScaleStart = "rms" | "max-abs";
-
 /** What a quantizer of one matrix may be told. */
 export interface CodebookSettings {
-  scaleStart: ScaleStart;
   /** Rounds over all codebooks: codes, then centroids, then scales. */
   rounds: number;
 }
@@ -35,22 +31,16 @@ export interface Encoded {
 const START_ITERATIONS = 8;
 
 /**
- * The scale of each group to begin with: root mean square or largest magnitude, rounded to float16.
- * A group of zeros has scale 0.
+ * The scale of each group to begin with, until it is refitted to the codes: the root mean square.
+ * (Starting from the largest magnitude left 0.2 to 1 % more error after 12 rounds, on matrices of
+ * the demo model with m1v4g128 and m2v4g128.) A group of zeros has scale 0.
  */
-export function startScales(
-  weights: Float32Array,
-  g: number,
-  start: ScaleStart,
-): Float32Array<ArrayBuffer> {
+function startScales(weights: Float32Array, g: number): Float32Array<ArrayBuffer> {
   const scales = new Float32Array(weights.length / g);
   for (let group = 0; group < scales.length; group++) {
-    let sum = 0, max = 0;
-    for (let i = group * g; i < (group + 1) * g; i++) {
-      sum += weights[i] * weights[i];
-      max = Math.max(max, Math.abs(weights[i]));
-    }
-    scales[group] = Math.f16round(start === "rms" ? Math.sqrt(sum / g) : max);
+    let sum = 0;
+    for (let i = group * g; i < (group + 1) * g; i++) sum += weights[i] * weights[i];
+    scales[group] = Math.f16round(Math.sqrt(sum / g));
   }
   return scales;
 }
@@ -73,7 +63,7 @@ export function trainCodebooks(
   const books = new Float32Array(m * size * v);
   const book = (j: number) => books.subarray(j * size * v, (j + 1) * size * v);
   const vectors = weights.length / v;
-  const scales = startScales(weights, g, settings.scaleStart);
+  const scales = startScales(weights, g);
   const codes = new Uint8Array(vectors * m);
 
   // One codebook after another, each on what its predecessors leave over.
@@ -113,12 +103,11 @@ export function encodeGroups(
   weights: Float32Array,
   books: Float32Array,
   format: CodeGemmFormat,
-  settings: CodebookSettings,
 ): Encoded {
   const { m, v, g, b } = format;
   const bookSize = 2 ** b * v;
   const book = (j: number) => books.subarray(j * bookSize, (j + 1) * bookSize);
-  const scales = startScales(weights, g, settings.scaleStart);
+  const scales = startScales(weights, g);
   const codes = new Uint8Array(weights.length / v * m);
   for (let pass = 0; pass <= REFIT_PASSES; pass++) {
     const rest = divided(weights, scales, g);
@@ -220,7 +209,10 @@ function addCentroids(
   }
 }
 
-/** Sets each vector's j-th code to the nearest centroid, the lowest of equals. */
+/**
+ * Sets each vector's j-th code to the nearest centroid, the lowest of equals. All of the quantizer's
+ * time goes here.
+ */
 function assign(
   vectors: Float32Array,
   book: Float32Array,
@@ -229,32 +221,46 @@ function assign(
   m: number,
   j: number,
 ): void {
-  const size = book.length / v, count = vectors.length / v;
-  // |x - c|^2 = |x|^2 - 2 (x c - |c|^2 / 2): the largest x c - |c|^2 / 2 is the nearest.
-  const halfNorms = new Float64Array(size);
-  for (let c = 0; c < size; c++) {
-    for (let d = 0; d < v; d++) halfNorms[c] += book[c * v + d] * book[c * v + d] / 2;
+  const count = vectors.length / v;
+  // |x - c|^2 = |x|^2 - 2 (x c - |c|^2 / 2): the largest x c - |c|^2 / 2 is the nearest. A table row
+  // is a centroid and its - |c|^2 / 2; doubles, because V8 would convert floats at every turn.
+  const stride = v + 1;
+  const table = new Float64Array(book.length / v * stride);
+  for (let i = 0; i < book.length; i++) {
+    const row = Math.floor(i / v) * stride;
+    table[row + i % v] = book[i];
+    table[row + v] -= book[i] * book[i] / 2;
   }
-  const whole = v - v % 4;
-  for (let i = 0; i < count; i++) {
-    const at = i * v;
-    let best = 0, bestScore = -Infinity;
-    for (let c = 0, centroid = 0; c < size; c++, centroid += v) {
-      let score = -halfNorms[c];
-      for (let d = 0; d < whole; d += 4) {
-        score += vectors[at + d] * book[centroid + d] +
-          vectors[at + d + 1] * book[centroid + d + 1] +
-          vectors[at + d + 2] * book[centroid + d + 2] +
-          vectors[at + d + 3] * book[centroid + d + 3];
-      }
-      for (let d = whole; d < v; d++) score += vectors[at + d] * book[centroid + d];
-      if (score > bestScore) {
-        bestScore = score;
-        best = c;
-      }
+  const nearest = v === 4 ? nearestOfFour : nearestOfAny;
+  for (let i = 0; i < count; i++) codes[i * m + j] = nearest(vectors, i * v, table, v) / stride;
+}
+
+/** Start of the table row nearest to four numbers: 2 to 4 times faster than the general loop. */
+function nearestOfFour(vectors: Float32Array, at: number, table: Float64Array): number {
+  const x0 = vectors[at], x1 = vectors[at + 1], x2 = vectors[at + 2], x3 = vectors[at + 3];
+  let best = 0, bestScore = -Infinity;
+  for (let row = 0; row < table.length; row += 5) {
+    const score = table[row + 4] + x0 * table[row] + x1 * table[row + 1] + x2 * table[row + 2] +
+      x3 * table[row + 3];
+    if (score > bestScore) {
+      bestScore = score;
+      best = row;
     }
-    codes[i * m + j] = best;
   }
+  return best;
+}
+
+function nearestOfAny(vectors: Float32Array, at: number, table: Float64Array, v: number): number {
+  let best = 0, bestScore = -Infinity;
+  for (let row = 0; row < table.length; row += v + 1) {
+    let score = table[row + v];
+    for (let d = 0; d < v; d++) score += vectors[at + d] * table[row + d];
+    if (score > bestScore) {
+      bestScore = score;
+      best = row;
+    }
+  }
+  return best;
 }
 
 /** Moves each centroid to the weighted mean of its vectors; one without any goes to a random vector. */

@@ -6,7 +6,6 @@
 import { openCheckpoint } from "../shared/checkpoint/mod.ts";
 import { directorySource } from "../shared/checkpoint/directory.ts";
 import { systemClock } from "../shared/clock.ts";
-import { FleetError } from "../shared/errors.ts";
 import { parseFlags, runCommand } from "../shared/flags.ts";
 import { bitsPerWeight } from "../shared/model_config.ts";
 import { quantizeCheckpoint } from "./checkpoint.ts";
@@ -30,7 +29,6 @@ async function main(): Promise<void> {
         default: "",
         help: "matrices that stay float16, by parts of their names: mlp.down_proj,layers.0",
       },
-      scale: { type: "string", default: "rms", help: "where scales start: rms or max-abs" },
       rounds: {
         type: "integer",
         default: 12,
@@ -55,9 +53,6 @@ async function main(): Promise<void> {
     },
   });
   const format = parseFormat(values.format);
-  if (values.scale !== "rms" && values.scale !== "max-abs") {
-    throw new FleetError("bad-usage", `--scale takes rms or max-abs, not ${values.scale}`);
-  }
   const checkpoint = await openCheckpoint(directorySource(values.in));
   const sink = await directorySink(values.out);
   console.error(
@@ -67,7 +62,6 @@ async function main(): Promise<void> {
     checkpoint,
     format,
     {
-      scaleStart: values.scale,
       rounds: values.rounds,
       sampleVectors: values.samples,
       seed: values.seed,

@@ -66,7 +66,7 @@ export function quantizeMatrix(
   const blockRows = Math.max(1, Math.floor(BLOCK_WEIGHTS / k));
   for (let row = 0; row < n; row += blockRows) {
     const weights = weightsOf(matrix, row * k, Math.min(blockRows, n - row) * k);
-    const encoded = encodeGroups(weights, books, format, settings);
+    const encoded = encodeGroups(weights, books, format);
     const decoded = decodeGroups(encoded, books, format);
     for (let i = 0; i < weights.length; i++) {
       squaredError += (weights[i] - decoded[i]) ** 2;

@@ -10,7 +10,7 @@ export {
   type QuantizeRun,
   type QuantizeSettings,
 } from "./checkpoint.ts";
-export type { CodebookSettings, ScaleStart } from "./codebooks.ts";
+export type { CodebookSettings } from "./codebooks.ts";
 export { parseFormat } from "./format.ts";
 export {
   type MatrixSettings,

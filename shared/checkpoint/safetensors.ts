@@ -22,7 +22,7 @@ export interface StoredTensor {
 }
 
 /** Bits of the element types we do not read, so that their sizes are checked all the same. */
-const OTHER_DTYPE_BITS: Record<string, number> = {
+const OTHER_DTYPE_BITS = new Map(Object.entries({
   BOOL: 8,
   F8_E4M3: 8,
   F8_E5M2: 8,
@@ -36,7 +36,7 @@ const OTHER_DTYPE_BITS: Record<string, number> = {
   I64: 64,
   F64: 64,
   C64: 64,
-};
+}));
 
 /** True for the element types that we read. */
 export function isDType(dtype: string): dtype is DType {
@@ -101,7 +101,7 @@ function storedTensor(
   }
   const [begin, end] = offsets;
   if (begin > end) throw bad(`ends (byte ${end}) before it begins (byte ${begin})`);
-  const bits = isDType(dtype) ? 8 * DTYPE_BYTES[dtype] : OTHER_DTYPE_BITS[dtype];
+  const bits = isDType(dtype) ? 8 * DTYPE_BYTES[dtype] : OTHER_DTYPE_BITS.get(dtype);
   if (bits === undefined) throw bad(`has the unknown dtype ${dtype}`);
   const bytes = shape.reduce((product, size) => product * size, 1) * bits / 8;
   if (bytes !== end - begin) {
