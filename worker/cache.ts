@@ -10,14 +10,9 @@
  *
  * @module
  */
-import { createHash } from "node:crypto";
 import { FleetError } from "../shared/errors.ts";
-
-/** A shard as a manifest lists it. */
-export interface ShardRef {
-  digest: string;
-  bytes: number;
-}
+import { sha256Hex, type ShardRef } from "../shared/parts.ts";
+import type { PartStore } from "../shared/weights.ts";
 
 /** How a cache is kept. */
 export interface CacheOptions {
@@ -42,7 +37,7 @@ const STALE_AFTER_MS = 3_600_000;
 const DIGEST = /^[0-9a-f]{64}$/;
 
 /** The cache of one directory. */
-export class PartCache {
+export class PartCache implements PartStore {
   readonly #options: CacheOptions;
   readonly #parts = new Map<string, CachedPart>();
   /** Bytes of each shard on disk, whoever wrote it. */
@@ -86,6 +81,14 @@ export class PartCache {
       .map(({ digest }) => digest);
   }
 
+  /** Bytes of a part that are not here, as far as file names and sizes tell. */
+  missingBytes({ digest, bytes }: { digest: string; bytes: number }): number {
+    const part = this.#parts.get(digest);
+    if (!part) return bytes;
+    const missing = part.shards.filter((shard) => this.#shards.get(shard.digest) !== shard.bytes);
+    return missing.reduce((sum, shard) => sum + shard.bytes, 0);
+  }
+
   /** A part's manifest, which marks the part as used; null when it is not here. */
   async manifest(digest: string): Promise<Uint8Array<ArrayBuffer> | null> {
     const part = this.#parts.get(digest);
@@ -107,10 +110,10 @@ export class PartCache {
 
   /** Whether a shard is here and its bytes are its digest's; a lying file is removed. */
   async hasShard({ digest, bytes }: ShardRef): Promise<boolean> {
-    const path = this.shardPath(digest);
+    const path = this.#path("shards", digest);
     if (!this.#verified.has(digest)) {
       const stored = await Deno.readFile(path).catch(() => null);
-      if (!stored || stored.length !== bytes || sha256(stored) !== digest) {
+      if (!stored || stored.length !== bytes || sha256Hex(stored) !== digest) {
         if (stored) await this.#remove("shards", digest);
         return false;
       }
@@ -127,14 +130,14 @@ export class PartCache {
   /** @throws FleetError `disk`; `bad-checkpoint` when it is not what its digest says */
   async putShard(digest: string, bytes: Uint8Array): Promise<void> {
     this.#check(digest, bytes, "shard");
-    await this.#write(this.shardPath(digest), bytes);
+    await this.#write(this.#path("shards", digest), bytes);
     this.#shards.set(digest, bytes.length);
     this.#verified.add(digest);
   }
 
-  /** The file of a shard. */
-  shardPath(digest: string): string {
-    return this.#path("shards", digest);
+  /** Where shards lie, each under its digest. */
+  get shardDirectory(): string {
+    return this.#folder("shards");
   }
 
   /**
@@ -237,7 +240,7 @@ export class PartCache {
   }
 
   #check(digest: string, bytes: Uint8Array, what: string): void {
-    if (sha256(bytes) === digest) return;
+    if (sha256Hex(bytes) === digest) return;
     throw new FleetError("bad-checkpoint", `The bytes of ${what} ${digest} have another digest`);
   }
 
@@ -264,10 +267,6 @@ export class PartCache {
 
 async function exists(path: string): Promise<boolean> {
   return await Deno.stat(path).then(() => true, () => false);
-}
-
-function sha256(bytes: Uint8Array): string {
-  return createHash("sha256").update(bytes).digest("hex");
 }
 
 function gib(bytes: number): string {

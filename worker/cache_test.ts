@@ -1,18 +1,16 @@
 import { assert, assertEquals, assertRejects } from "@std/assert";
-import { createHash } from "node:crypto";
 import { FleetError } from "../shared/errors.ts";
-import { type CacheOptions, PartCache, type ShardRef } from "./cache.ts";
-
-const sha256 = (bytes: Uint8Array) => createHash("sha256").update(bytes).digest("hex");
+import { sha256Hex, type ShardRef } from "../shared/parts.ts";
+import { type CacheOptions, PartCache } from "./cache.ts";
 
 /** A part of shards with these contents; its manifest is JSON of their digests. */
 function part(...contents: string[]) {
   const shards = contents.map((content) => {
     const bytes = new TextEncoder().encode(content);
-    return { bytes, ref: { digest: sha256(bytes), bytes: bytes.length } };
+    return { bytes, ref: { digest: sha256Hex(bytes), bytes: bytes.length } };
   });
   const manifest = new TextEncoder().encode(JSON.stringify(shards.map(({ ref }) => ref)));
-  return { digest: sha256(manifest), manifest, shards };
+  return { digest: sha256Hex(manifest), manifest, shards };
 }
 
 function shardsOf(manifest: Uint8Array): ShardRef[] {
@@ -50,7 +48,7 @@ Deno.test("a part that was put is held, by this process and the next", () =>
       assertEquals(other.bytes, 6 + a.manifest.length);
       for (const { ref, bytes } of a.shards) {
         assert(await other.hasShard(ref));
-        assertEquals(await Deno.readFile(other.shardPath(ref.digest)), bytes);
+        assertEquals(await Deno.readFile(`${other.shardDirectory}/${ref.digest}`), bytes);
       }
     }
     const names = [...Deno.readDirSync(`${directory}/shards`)].map(({ name }) => name).sort();
@@ -67,6 +65,8 @@ Deno.test("a part whose shards are not all there is not held, and keeps what it 
     assertEquals(next.held(), []);
     assert(await next.hasShard(a.shards[0].ref));
     assert(!await next.hasShard(a.shards[1].ref));
+    assertEquals(next.missingBytes({ digest: a.digest, bytes: 6 }), 3);
+    assertEquals(next.missingBytes({ digest: "0".repeat(64), bytes: 6 }), 6);
   }));
 
 Deno.test("a file that lies is found out after a restart and removed", () =>
@@ -76,11 +76,14 @@ Deno.test("a file that lies is found out after a restart and removed", () =>
     await put(cache, a);
     await put(cache, b);
     const [shard] = a.shards;
-    await Deno.writeTextFile(cache.shardPath(shard.ref.digest), "eno");
+    await Deno.writeTextFile(`${cache.shardDirectory}/${shard.ref.digest}`, "eno");
     await Deno.writeTextFile(`${directory}/parts/${b.digest}`, "[]");
     const next = await open();
     assert(!await next.hasShard(shard.ref));
-    assertEquals(await Deno.stat(next.shardPath(shard.ref.digest)).catch(() => null), null);
+    assertEquals(
+      await Deno.stat(`${next.shardDirectory}/${shard.ref.digest}`).catch(() => null),
+      null,
+    );
     assertEquals(await next.manifest(b.digest), null);
   }));
 

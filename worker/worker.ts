@@ -114,6 +114,8 @@ export class FleetWorker<P> {
   #load: AbortController | null = null;
   /** Settles when the GPU is free for the next load; never rejects. */
   #free: Promise<void> = Promise.resolve();
+  /** How the last assignment ended; told again where it may have been lost. */
+  #outcome: WorkerReport | null = null;
   #beats = 0;
   #beatTimer: Timer | null = null;
   #closed = false;
@@ -130,7 +132,11 @@ export class FleetWorker<P> {
       bus.subscribe(subjects.ctl(card.worker), (message) => this.#control(message)),
       bus.subscribe(subjects.call, () => this.#hello()),
       bus.onStatus((status) => {
-        if (status === "connected" && !connected) this.#hello();
+        // What was said meanwhile is lost.
+        if (status === "connected" && !connected) {
+          this.#hello();
+          this.#repeatOutcome();
+        }
         connected = status === "connected";
       }),
     ];
@@ -202,7 +208,8 @@ export class FleetWorker<P> {
         const self = { instance: card.instance, epoch: this.#epoch, busy };
         const verdict = judgeAssignment(self, request);
         if (verdict.type === "refuse") return refused(verdict.reason);
-        if (verdict.type === "accept") this.#assign(request, verdict.config);
+        if (verdict.type === "known") this.#repeatOutcome();
+        else this.#assign(request, verdict.config);
         return ok;
       }
       default:
@@ -232,6 +239,7 @@ export class FleetWorker<P> {
     this.#stage = null;
     const loaded = this.#loaded;
     this.#loaded = null;
+    this.#outcome = null;
     if (loaded) this.#free = this.#free.then(() => loaded.destroy()).catch(() => {});
   }
 
@@ -277,27 +285,33 @@ export class FleetWorker<P> {
       runner: loaded.runner,
       dropped: this.#dropped,
       onFailure: (error) => {
-        this.#state = "failed";
-        this.#log(`Epoch ${assignment.epoch} failed: ${error.message}`);
+        this.#failed(error);
         this.#options.onFailure?.(error);
       },
     });
     this.#state = "serving";
     const { epoch } = assignment;
-    this.#report({ type: "ready", instance: card.instance, epoch, loadMs });
+    this.#outcome = { type: "ready", instance: card.instance, epoch, loadMs };
+    this.#repeatOutcome();
     this.#log(`Epoch ${epoch}: serving after ${(loadMs / 1000).toFixed(1)} s`);
   }
 
   #fail(error: FleetError): void {
+    this.#failed(error);
+    this.#repeatOutcome();
+  }
+
+  /** Takes note of a failure. */
+  #failed(error: FleetError): void {
+    const { instance } = this.#options.card;
+    const message = error.message.slice(0, 4096);
     this.#state = "failed";
-    this.#report({
-      type: "failed",
-      instance: this.#options.card.instance,
-      epoch: this.#epoch,
-      code: error.code,
-      message: error.message.slice(0, 4096),
-    });
+    this.#outcome = { type: "failed", instance, epoch: this.#epoch, code: error.code, message };
     this.#log(`Epoch ${this.#epoch} failed: ${error.message}`);
+  }
+
+  #repeatOutcome(): void {
+    if (this.#outcome) this.#report(this.#outcome);
   }
 
   /** Reports progress over all parts of a stage, now and then, and its end for sure. */

@@ -284,6 +284,21 @@ Deno.test("a load that fails is reported, and the worker stands ready for the ne
   assertEquals(scene.worker.state, "serving");
 });
 
+Deno.test("how an assignment ended is told again after a reconnect, and when it is asked again", async () => {
+  const scene = new Scene();
+  await scene.ask(assignment(4));
+  scene.bus.cut();
+  scene.loads[0].go();
+  await scene.advance(10);
+  assertEquals(scene.reported("ready"), []);
+  scene.bus.restore();
+  await scene.advance(2);
+  assertEquals(scene.reported("ready").length, 1);
+  assertEquals((await scene.ask(assignment(4))).type, "ok");
+  assertEquals(scene.reported("ready").length, 2);
+  assertEquals(scene.loads.length, 1);
+});
+
 Deno.test("ping tells the worker's clock", async () => {
   const scene = new Scene();
   const reply = await scene.ask({ type: "ping", sentAtMs: 1 });
