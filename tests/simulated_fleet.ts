@@ -5,9 +5,10 @@
  * @module
  */
 import { invariant } from "../shared/errors.ts";
-import { VirtualClock } from "../shared/clock.ts";
+import { type Clock, VirtualClock } from "../shared/clock.ts";
 import type { GenerateEvent, GenerateRequest } from "../coordinator/engine.ts";
-import { Fleet, type FleetOptions } from "../coordinator/fleet.ts";
+import { Fleet, type FleetModel, type FleetOptions } from "../coordinator/fleet.ts";
+import type { Bus } from "../shared/bus.ts";
 import type { RowResult, StepBatch } from "../shared/frames.ts";
 import { LIMITS } from "../shared/limits.ts";
 import { type MemoryBus, MemoryHub } from "../shared/memory_bus.ts";
@@ -21,7 +22,8 @@ const PREFIX = "sim";
 const VOCAB = 1000;
 const HIDDEN = 16;
 
-const CONFIG_JSON = JSON.stringify({
+/** `config.json` of the simulated model. */
+export const CONFIG_JSON = JSON.stringify({
   model_type: "llama",
   hidden_size: HIDDEN,
   num_hidden_layers: 8,
@@ -40,6 +42,63 @@ const CONFIG_JSON = JSON.stringify({
 
 const hex = (n: number) => n.toString(16).padStart(64, "0");
 
+/** The simulated model, as a fleet serves it. */
+export function simulatedModel(): FleetModel {
+  const config = parseModelConfig(CONFIG_JSON);
+  const parts = stageParts({ from: 0, to: config.layers, first: true, last: true })
+    .map((part, index) => ({ part, digest: hex(index), bytes: 10_000 }));
+  return {
+    id: "simulated",
+    createdUnix: 0,
+    format: "float16",
+    config,
+    configJson: CONFIG_JSON,
+    digest: hex(99),
+    parts,
+  };
+}
+
+/** A worker whose GPU is a {@linkcode SimulatedStage}. */
+export function simulatedWorker(options: {
+  bus: Bus;
+  clock: Clock;
+  prefix: string;
+  name: string;
+  instance: string;
+  stepMs: number;
+  memoryBytes?: number;
+}): FleetWorker<null> {
+  const { bus, clock, prefix, name, instance, stepMs } = options;
+  return new FleetWorker<null>({
+    bus,
+    clock,
+    subjects: subjects(prefix),
+    card: {
+      version: PROTOCOL_VERSION,
+      worker: name,
+      instance,
+      host: "simulation",
+      gpu: { name: "integers", software: true },
+      memoryBytes: options.memoryBytes ?? 2 ** 30,
+      maxBindingBytes: 2 ** 27,
+      selfTestDigest: hex(1),
+      calibration: { denseBytesPerMs: 1e6, codegemmBytesPerMs: 1e6, overheadMsPerLayer: 1 },
+    },
+    parts: {
+      held: () => [],
+      provide: (parts) => Promise.resolve(parts.map(() => null)),
+    },
+    loader: {
+      load: ({ stage }) =>
+        Promise.resolve({
+          runner: new SimulatedStage(clock, stepMs, stage),
+          memoryBytes: 0,
+          destroy: () => Promise.resolve(),
+        }),
+    },
+  });
+}
+
 /** FNV-1a over u32 words. */
 function hash(...words: number[]): number {
   let h = 0x811c9dc5;
@@ -52,16 +111,16 @@ function hash(...words: number[]): number {
  * its page, then puts out a hash of all slots of its sequence up to its own: a page that is wrong,
  * stale or somebody else's changes every token after it.
  */
-class SimulatedStage implements StageRunner {
+export class SimulatedStage implements StageRunner {
   /** Per layer: what stands in each position of each page. */
   readonly #layers: Map<number, number>[];
-  readonly #clock: VirtualClock;
+  readonly #clock: Clock;
   readonly #stepMs: number;
   readonly #last: boolean;
   #tail: Promise<unknown> = Promise.resolve();
 
   constructor(
-    clock: VirtualClock,
+    clock: Clock,
     stepMs: number,
     stage: { from: number; to: number; last: boolean },
   ) {
@@ -162,22 +221,11 @@ export class SimulatedFleet {
       seed: options.seed ?? 1,
       latencyMs: options.hopMs ?? 1,
     });
-    const config = parseModelConfig(CONFIG_JSON);
-    const parts = stageParts({ from: 0, to: config.layers, first: true, last: true })
-      .map((part, index) => ({ part, digest: hex(index), bytes: 10_000 }));
     this.fleet = new Fleet({
       bus: this.hub.connect("coordinator"),
       clock: this.clock,
       prefix: PREFIX,
-      model: {
-        id: "simulated",
-        createdUnix: 0,
-        format: "float16",
-        config,
-        configJson: CONFIG_JSON,
-        digest: hex(99),
-        parts,
-      },
+      model: simulatedModel(),
       nextEpoch: () => Promise.resolve(++this.#epoch),
       contextTokens: 256,
       sequences: 16,
@@ -191,36 +239,16 @@ export class SimulatedFleet {
   }
 
   /** Adds a worker; one of a known name replaces the process of that name. */
-  join(name: string, memoryBytes = 2 ** 30): SimulatedWorker {
+  join(name: string, memoryBytes?: number): SimulatedWorker {
     const bus = this.hub.connect(name);
-    const { clock } = this;
-    const worker = new FleetWorker<null>({
+    const worker = simulatedWorker({
       bus,
-      clock,
-      subjects: subjects(PREFIX),
-      card: {
-        version: PROTOCOL_VERSION,
-        worker: name,
-        instance: `${name}-${this.#instances++}`,
-        host: "simulation",
-        gpu: { name: "integers", software: true },
-        memoryBytes,
-        maxBindingBytes: 2 ** 27,
-        selfTestDigest: hex(1),
-        calibration: { denseBytesPerMs: 1e6, codegemmBytesPerMs: 1e6, overheadMsPerLayer: 1 },
-      },
-      parts: {
-        held: () => [],
-        provide: (parts) => Promise.resolve(parts.map(() => null)),
-      },
-      loader: {
-        load: (assignment) =>
-          Promise.resolve({
-            runner: new SimulatedStage(clock, this.#stepMs, assignment.stage),
-            memoryBytes: 0,
-            destroy: () => Promise.resolve(),
-          }),
-      },
+      clock: this.clock,
+      prefix: PREFIX,
+      name,
+      instance: `${name}-${this.#instances++}`,
+      stepMs: this.#stepMs,
+      memoryBytes,
     });
     worker.join();
     const simulated = { name, bus, worker };

@@ -1,0 +1,224 @@
+/**
+ * `deno task up`: a whole fleet on this machine: nats-server, a coordinator and workers, as the
+ * separate processes that they are everywhere else. Ctrl-C stops all of them.
+ *
+ * @module
+ */
+import denoJson from "../deno.json" with { type: "json" };
+import { FleetError } from "../shared/errors.ts";
+import { parseFlags, runCommand } from "../shared/flags.ts";
+import { DEFAULT_PREFIX } from "../shared/protocol.ts";
+import { natsServerConfig } from "../shared/nats_config.ts";
+import { type Child, startChild, taskArgs } from "./processes.ts";
+
+const ROOT = new URL("../", import.meta.url);
+/** From start to the first token: the demo model loads in seconds, a 70B one takes minutes. */
+const READY_WITHIN_MS = 30 * 60_000;
+const RESTART_AFTER_MS = 1_000;
+const COLORS = [36, 33, 35, 32, 34, 31];
+
+const COMMAND = {
+  command: "up",
+  summary: "Starts a whole fleet on this machine: nats-server, a coordinator and workers.",
+  flags: {
+    workers: { type: "integer", default: 2, min: 1, max: 32, help: "worker processes" },
+    port: {
+      type: "integer",
+      default: 8000,
+      min: 0,
+      max: 65535,
+      env: "CODEGEMM_PORT",
+      help: "port of the API on 127.0.0.1; 0 takes a free one",
+    },
+    model: {
+      type: "string",
+      env: "CODEGEMM_MODEL",
+      help: "checkpoint directory; the embedded demo model by default",
+    },
+    memory: { type: "string", env: "CODEGEMM_MEMORY", help: "GPU memory per worker, e.g. 10GiB" },
+    verbose: { type: "boolean", help: "show what nats-server prints, too" },
+  },
+} as const;
+
+/** What runs on this machine, in the order it was started. */
+class LocalFleet {
+  readonly directory = Deno.makeTempDirSync({ prefix: "codegemm-fleet-" });
+  /** Resolves when something that the fleet cannot do without has ended, or on request. */
+  readonly over: Promise<FleetError | null>;
+  #children = new Set<Child>();
+  #stopping = false;
+  #end!: (error: FleetError | null) => void;
+  readonly #width: number;
+  readonly #verbose: boolean;
+
+  constructor(names: string[], verbose: boolean) {
+    this.over = new Promise((resolve) => this.#end = resolve);
+    this.#width = Math.max(...names.map((name) => name.length));
+    this.#verbose = verbose;
+  }
+
+  /** Starts a child whose end is the end of all. */
+  start(name: string, command: string, args: string[], onLine?: (line: string) => void): Child {
+    const child = this.#spawn(name, command, args, onLine);
+    child.ended.then(({ code }) => {
+      if (!this.#stopping) this.#end(new FleetError("unavailable", `${name} ended (${code})`));
+    });
+    return child;
+  }
+
+  /** Starts a child that is started again when it ends: a worker, as its supervisor would. */
+  keep(name: string, command: string, args: string[]): void {
+    const child = this.#spawn(name, command, args);
+    child.ended.then(({ code, signal }) => {
+      if (this.#stopping) return;
+      this.#print(name, `ended (${signal ?? code}); starting it again`);
+      setTimeout(() => this.#stopping || this.keep(name, command, args), RESTART_AFTER_MS);
+    });
+  }
+
+  /** Asks for the end. */
+  end(error: FleetError | null = null): void {
+    this.#end(error);
+  }
+
+  /** Stops every child, the last started first, and removes the directory. */
+  async stop(): Promise<void> {
+    this.#stopping = true;
+    const children = [...this.#children];
+    // nats-server goes last: the others say goodbye through it.
+    await Promise.all(children.slice(1).map((child) => child.stop()));
+    await children[0]?.stop();
+    await Deno.remove(this.directory, { recursive: true });
+  }
+
+  #spawn(name: string, command: string, args: string[], onLine?: (line: string) => void): Child {
+    const child = startChild({
+      name,
+      command,
+      args,
+      cwd: ROOT.pathname,
+      // Without it, Mesa complains at every start.
+      env: { XDG_RUNTIME_DIR: Deno.env.get("XDG_RUNTIME_DIR") ?? this.directory },
+      onLine: (_, line) => {
+        onLine?.(line);
+        if (name !== "nats" || this.#verbose) this.#print(name, line);
+      },
+    });
+    this.#children.add(child);
+    child.ended.then(() => this.#children.delete(child));
+    return child;
+  }
+
+  #print(name: string, line: string): void {
+    const label = name.padEnd(this.#width);
+    const index = [...name].reduce((sum, char) => sum + char.charCodeAt(0), 0);
+    const colored = Deno.stdout.isTerminal() && !Deno.noColor
+      ? `\x1b[${COLORS[index % COLORS.length]}m${label}\x1b[0m`
+      : label;
+    console.log(`${colored} | ${line}`);
+  }
+}
+
+/** Whether WebGPU finds nothing but a software adapter here. */
+async function onlySoftware(): Promise<boolean> {
+  const adapter = await navigator.gpu?.requestAdapter({ powerPreference: "high-performance" });
+  if (!adapter) {
+    throw new FleetError(
+      "gpu",
+      "WebGPU finds no adapter; install the GPU's Vulkan driver, or mesa-vulkan-drivers to run on " +
+        "the CPU (./run up does it on Debian)",
+    );
+  }
+  return adapter.info.isFallbackAdapter || /llvmpipe|lavapipe|swiftshader/i.test(
+    adapter.info.description,
+  );
+}
+
+function freePort(): number {
+  const listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+  const { port } = listener.addr;
+  listener.close();
+  return port;
+}
+
+/** Waits until the API says that tokens come out. */
+async function untilReady(url: string, fleet: LocalFleet): Promise<boolean> {
+  let over = false;
+  fleet.over.then(() => over = true);
+  const deadline = performance.now() + READY_WITHIN_MS;
+  while (!over && performance.now() < deadline) {
+    const ready = await fetch(`${url}/readyz`).then(
+      async (response) => (await response.body?.cancel(), response.ok),
+      () => false,
+    );
+    if (ready) return true;
+    await new Promise((resolve) => setTimeout(resolve, 200));
+  }
+  return false;
+}
+
+async function main(): Promise<void> {
+  const { values } = parseFlags(COMMAND);
+  const software = await onlySoftware();
+  const names = Array.from({ length: values.workers }, (_, i) => `worker-${i + 1}`);
+  const fleet = new LocalFleet(["coordinator", ...names], values.verbose);
+  for (const signal of ["SIGINT", "SIGTERM"] as const) {
+    Deno.addSignalListener(signal, () => fleet.end());
+  }
+  let failure: FleetError | null = null;
+  try {
+    await startAll(fleet, values, names, software);
+    failure = await fleet.over;
+  } finally {
+    await fleet.stop();
+  }
+  if (failure) throw failure;
+}
+
+async function startAll(
+  fleet: LocalFleet,
+  values: ReturnType<typeof parseFlags<typeof COMMAND.flags>>["values"],
+  names: string[],
+  software: boolean,
+): Promise<void> {
+  const websocketPort = freePort(), apiPort = values.port || freePort();
+  const nats = `ws://127.0.0.1:${websocketPort}`;
+  const configFile = `${fleet.directory}/nats.conf`;
+  await Deno.writeTextFile(
+    configFile,
+    natsServerConfig({
+      prefix: DEFAULT_PREFIX,
+      websocket: { host: "127.0.0.1", port: websocketPort },
+      clientPort: freePort(),
+      storeDir: `${fleet.directory}/jetstream`,
+    }),
+  );
+  fleet.start("nats", "nats-server", ["-c", configFile]);
+  const deno = Deno.execPath(), { tasks } = denoJson;
+  fleet.start("coordinator", deno, [
+    ...taskArgs(tasks, "coordinator"),
+    ...["--nats", nats, "--port", String(apiPort), "--stages", String(names.length)],
+    ...(values.model ? ["--model", values.model] : []),
+  ]);
+  for (const name of names) {
+    fleet.keep(name, deno, [
+      ...taskArgs(tasks, "worker"),
+      ...["--nats", nats, "--name", name],
+      ...(software ? ["--software"] : []),
+      ...(values.memory ? ["--memory", values.memory] : []),
+    ]);
+  }
+  const url = `http://127.0.0.1:${apiPort}`;
+  if (!await untilReady(url, fleet)) return;
+  console.log(
+    `ready: ${url}/ shows the fleet; try: curl -N ${url}/v1/chat/completions ` +
+      `-H 'content-type: application/json' -d '${
+        JSON.stringify({
+          messages: [{ role: "user", content: "Tell me a story about a fox." }],
+          stream: true,
+        })
+      }'`,
+  );
+}
+
+if (import.meta.main) await runCommand(main);
