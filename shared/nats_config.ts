@@ -64,7 +64,7 @@ export function workerPermissions(
     subscribe: [
       fleet.call,
       fleet.ctl(worker),
-      fleet.step(worker, "*", "*"),
+      `${prefix}.step.${worker}.>`,
       `${inboxPrefix(worker)}.>`,
     ],
   };

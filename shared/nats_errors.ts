@@ -30,7 +30,7 @@ export function explainConnectError(
         return new FleetError(
           "unauthorized",
           `The NATS server at ${url} refused the credentials; pass the file that "deno task nats" ` +
-            "wrote for this user",
+            "wrote for this user with --credentials",
           { cause },
         );
       case ErrorCode.BadCreds:
@@ -52,7 +52,7 @@ export function explainConnectError(
   if (/SSL|certificate|self.signed|UnknownIssuer|TLS/i.test(`${text} ${code}`)) {
     return nats(
       `The TLS handshake with ${url} failed: ${text}; is the listener wss, and is its ` +
-        "certificate authority known (--nats-ca FILE)?",
+        "certificate authority known (--ca FILE)?",
     );
   }
   if (/Parse Error|Unexpected server response|Invalid Upgrade|Sec-WebSocket/i.test(text)) {

@@ -1,7 +1,6 @@
 import { assert, assertEquals, assertNotEquals, assertRejects, assertThrows } from "@std/assert";
 import type { Checkpoint } from "./checkpoint/mod.ts";
 import { FleetError } from "./errors.ts";
-import { LINEAR_NAMES, linearShape, type ModelConfig } from "./model_config.ts";
 import {
   describePart,
   describeParts,

@@ -224,11 +224,21 @@ Deno.test("weights over a real server", async (t) => {
 
 Deno.test("room in the store is checked before the upload begins", async () => {
   const one = await tinyModel(1), two = await tinyModel(2);
-  const room = Math.ceil(one.model.bytes * 1.2) + 64 * 5500;
+  const publishTo = ({ connection }: NatsLink, { checkpoint, model }: typeof one) =>
+    publishParts({ connection, bucket: BUCKET, tensors: checkpoint, model });
+  let room: number;
+  {
+    await using roomy = await startNatsServer();
+    const link = await connectNats({ url: roomy.url, name: "coordinator" });
+    await publishTo(link, one);
+    const jsm = await link.connection.jetstreamManager();
+    const { config, state } = await jsm.streams.info(`OBJ_${BUCKET}`);
+    await link.bus.close();
+    room = config.max_bytes + state.bytes / 2;
+  }
   await using server = await startNatsServer({ maxStoreBytes: room });
   const { bus, connection } = await connectNats({ url: server.url, name: "coordinator" });
-  const publish = ({ checkpoint, model }: typeof one) =>
-    publishParts({ connection, bucket: BUCKET, tensors: checkpoint, model });
+  const publish = (model: typeof one) => publishTo({ bus, connection, user: null }, model);
   await publish(one);
   // There is room for one model only: the second replaces it.
   await publish(two);
