@@ -2,8 +2,9 @@
  * How fast this GPU decodes, measured when a worker joins: the planner places layers by it.
  *
  * Decode reads every weight once per step, so a matrix costs its bytes over a rate. The rate is the
- * slope between a large and a tiny matrix, run by the real kernels over rotated copies that together
- * exceed a GPU's last cache; what the tiny ones cost, with the rest of a layer, is the overhead.
+ * slope of GPU time between a large and a tiny matrix, run by the real kernels over rotated copies
+ * that together exceed a GPU's last cache; what the tiny ones cost, with the rest of a layer and the
+ * encoding of it all, is the overhead.
  *
  * @module
  */
@@ -43,16 +44,27 @@ import { Workbench } from "./workbench.ts";
 
 /** How much to measure on. */
 interface Scale {
-  shape: MatrixShape;
+  dense: MatrixShape;
+  codes: MatrixShape;
   /** Of all copies of a matrix together. */
   rotatedBytes: number;
   /** Of one measurement. */
   leastMs: number;
 }
 
-/** Last caches of GPUs go up to about 128 MiB; 4096 x 4096 is a matrix of an 8B model. */
-const HARDWARE: Scale = { shape: [4096, 4096], rotatedBytes: 160 * 2 ** 20, leastMs: 2 };
-const SOFTWARE: Scale = { shape: [512, 512], rotatedBytes: 2 ** 20, leastMs: 5 };
+/** Last caches of GPUs go up to about 128 MiB; the matrices are like those of 8B to 70B models. */
+const HARDWARE: Scale = {
+  dense: [8192, 4096],
+  codes: [28672, 4096],
+  rotatedBytes: 192 * 2 ** 20,
+  leastMs: 8,
+};
+const SOFTWARE: Scale = {
+  dense: [512, 512],
+  codes: [512, 512],
+  rotatedBytes: 2 ** 20,
+  leastMs: 5,
+};
 
 const FORMAT: CodeGemmFormat = { m: 1, v: 4, g: 128, b: 8 };
 const TINY: MatrixShape = [128, 128];
@@ -60,7 +72,9 @@ const LINEARS_PER_LAYER = 7;
 const ROW: StepShape = { decodeRows: 1, rows: 1, outputs: 0, contextTokens: 1 };
 /** Runs of one submit at most. */
 const MAX_RUNS = 4096;
-const MEASUREMENTS = 3;
+const MEASUREMENTS = 5;
+/** Two timestamps, u64. */
+const STAMPS_BYTES = 16;
 
 /**
  * Measures for some tens of milliseconds (longer on a software adapter).
@@ -70,29 +84,27 @@ const MEASUREMENTS = 3;
 export async function calibrate(gpu: Gpu): Promise<WorkerCard["calibration"]> {
   const scale = gpu.info.software ? SOFTWARE : HARDWARE;
   const bench = new Workbench(gpu);
-  const readback = bench.keep(await Readback.create(gpu, 4));
-  const time = (run: Run) => measureMs(gpu, readback, scale, run);
+  const meter = bench.keep(await Meter.create(gpu, scale.leastMs));
   try {
-    const dense = await time(await rotatedLinears(bench, scale.shape, null, scale.rotatedBytes));
-    const denseTiny = await time(await rotatedLinears(bench, TINY, null, 0));
-    const codes = await time(await rotatedLinears(bench, scale.shape, FORMAT, scale.rotatedBytes));
-    const codesTiny = await time(await rotatedLinears(bench, TINY, FORMAT, 0));
-    const others = await time(await restOfLayer(bench));
+    const { rotatedBytes } = scale;
+    const dense = await meter.time(await rotatedLinears(bench, scale.dense, null, rotatedBytes));
+    const denseTiny = await meter.time(await rotatedLinears(bench, TINY, null, 0));
+    const codes = await meter.time(await rotatedLinears(bench, scale.codes, FORMAT, rotatedBytes));
+    const codesTiny = await meter.time(await rotatedLinears(bench, TINY, FORMAT, 0));
+    const others = await meter.time(await restOfLayer(bench));
     return {
-      denseBytesPerMs: slope(scale.shape, null, dense, denseTiny),
-      codegemmBytesPerMs: slope(scale.shape, FORMAT, codes, codesTiny),
-      overheadMsPerLayer: LINEARS_PER_LAYER * codesTiny + others,
+      denseBytesPerMs: slope(scale.dense, null, dense.gpuMs, denseTiny.gpuMs),
+      codegemmBytesPerMs: slope(scale.codes, FORMAT, codes.gpuMs, codesTiny.gpuMs),
+      overheadMsPerLayer: LINEARS_PER_LAYER * (codesTiny.gpuMs + codesTiny.encodeMs) +
+        others.gpuMs + others.encodeMs,
     };
   } finally {
     bench.destroy();
   }
 }
 
-/** Encodes the i-th run; its last write goes to `output`. */
-interface Run {
-  output: GPUBuffer;
-  encode(pass: GPUComputePassEncoder, i: number): void;
-}
+/** Encodes the i-th run. */
+type Run = (pass: GPUComputePassEncoder, i: number) => void;
 
 function weightBytes([n, k]: MatrixShape, format: CodeGemmFormat | null): number {
   return n * k * (format ? bitsPerWeight(format) : 16) / 8;
@@ -109,32 +121,83 @@ function slope(
   return ms > tinyMs ? (bytes - weightBytes(TINY, format)) / (ms - tinyMs) : bytes / ms;
 }
 
-/** The best time of a run, over submits of as many as take `leastMs`. */
-async function measureMs(
-  gpu: Gpu,
-  readback: Readback,
-  { leastMs }: Scale,
-  run: Run,
-): Promise<number> {
-  const submit = async (runs: number) => {
-    const startedMs = performance.now();
-    const encoder = gpu.device.createCommandEncoder();
-    const pass = encoder.beginComputePass();
-    for (let i = 0; i < runs; i++) run.encode(pass, i);
-    pass.end();
-    const slot = readback.copy(encoder, [{ buffer: run.output, offset: 0, bytes: 4 }]);
-    gpu.device.queue.submit([encoder.finish()]);
-    await readback.read(slot);
-    return performance.now() - startedMs;
-  };
-  await submit(1);
-  let runs = 1, ms = await submit(runs);
-  while (ms < leastMs && runs < MAX_RUNS) {
-    runs *= 2;
-    ms = await submit(runs);
+/** What one run takes. */
+interface RunTime {
+  /** On the CPU, to encode. */
+  encodeMs: number;
+  /** By the GPU's timestamps, or from submit to readback where it has none. */
+  gpuMs: number;
+}
+
+/** Times runs, over submits of as many as take `leastMs`. */
+class Meter {
+  readonly #gpu: Gpu;
+  readonly #readback: Readback;
+  readonly #leastMs: number;
+  readonly #queries: GPUQuerySet | null;
+  readonly #stamps: GPUBuffer;
+
+  private constructor(gpu: Gpu, readback: Readback, leastMs: number) {
+    this.#gpu = gpu;
+    this.#readback = readback;
+    this.#leastMs = leastMs;
+    this.#queries = gpu.timestamps
+      ? gpu.device.createQuerySet({ type: "timestamp", count: 2 })
+      : null;
+    const usage = GPUBufferUsage.QUERY_RESOLVE | GPUBufferUsage.COPY_SRC;
+    this.#stamps = gpu.buffer("calibration timestamps", STAMPS_BYTES, usage);
   }
-  for (let i = 1; i < MEASUREMENTS; i++) ms = Math.min(ms, await submit(runs));
-  return ms / runs;
+
+  static async create(gpu: Gpu, leastMs: number): Promise<Meter> {
+    return new Meter(gpu, await Readback.create(gpu, STAMPS_BYTES), leastMs);
+  }
+
+  /** The least of several measurements. */
+  async time(run: Run): Promise<RunTime> {
+    await this.#submit(run, 1);
+    let runs = 1, best = await this.#submit(run, runs);
+    while (best.gpuMs < this.#leastMs && runs < MAX_RUNS) {
+      runs *= 2;
+      best = await this.#submit(run, runs);
+    }
+    for (let i = 1; i < MEASUREMENTS; i++) {
+      const { encodeMs, gpuMs } = await this.#submit(run, runs);
+      best = {
+        encodeMs: Math.min(best.encodeMs, encodeMs),
+        gpuMs: Math.min(best.gpuMs, gpuMs),
+      };
+    }
+    return { encodeMs: best.encodeMs / runs, gpuMs: best.gpuMs / runs };
+  }
+
+  destroy(): void {
+    this.#queries?.destroy();
+    this.#stamps.destroy();
+    this.#readback.destroy();
+  }
+
+  /** Times `runs` runs together. */
+  async #submit(run: Run, runs: number): Promise<RunTime> {
+    const startedMs = performance.now();
+    const encoder = this.#gpu.device.createCommandEncoder();
+    const timestampWrites = this.#queries
+      ? { querySet: this.#queries, beginningOfPassWriteIndex: 0, endOfPassWriteIndex: 1 }
+      : undefined;
+    const pass = encoder.beginComputePass({ timestampWrites });
+    for (let i = 0; i < runs; i++) run(pass, i);
+    pass.end();
+    if (this.#queries) encoder.resolveQuerySet(this.#queries, 0, 2, this.#stamps, 0);
+    const range = { buffer: this.#stamps, offset: 0, bytes: STAMPS_BYTES };
+    const slot = this.#readback.copy(encoder, [range]);
+    const commands = encoder.finish();
+    const encodedMs = performance.now();
+    this.#gpu.device.queue.submit([commands]);
+    const stamps = new BigUint64Array((await this.#readback.read(slot)).buffer, 0, 2);
+    const gpuMs = this.#queries
+      ? Number(stamps[1] - stamps[0]) / 1e6
+      : performance.now() - encodedMs;
+    return { encodeMs: encodedMs - startedMs, gpuMs };
+  }
 }
 
 /** One matrix in as many copies as make up `bytes`, multiplied with one row in turn. */
@@ -156,13 +219,12 @@ async function rotatedLinears(
     gpu.buffer("step", STEP_BYTES, GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST),
   );
   gpu.write(step, 0, stepWords(ROW));
-  const output = bench.storage("calibration output", 4 * n);
   const common = {
     gpu,
     label: "calibration",
     step,
     input: { buffer: bench.storage("calibration input", 2 * k), stride: k, offset: 0 },
-    output: { buffer: output, stride: n, offset: 0 },
+    output: { buffer: bench.storage("calibration output", 4 * n), stride: n, offset: 0 },
     store: "store",
     maxRows: 1,
     scratch: bench.storage("calibration scratch", linearScratchBytes(shape, format, 1)),
@@ -173,7 +235,7 @@ async function rotatedLinears(
   for (const matrix of matrices) {
     linears.push(bench.keep(await createLinear({ ...common, matrix })));
   }
-  return { output, encode: (pass, i) => linears[i % copies].encode(pass, ROW, "decode") };
+  return (pass, i) => linears[i % copies].encode(pass, ROW, "decode");
 }
 
 /** The same weights in buffers of their own. */
@@ -261,8 +323,5 @@ async function restOfLayer(bench: Workbench): Promise<Run> {
     decodeRows: 1,
     requests: [],
   });
-  return {
-    output: gated,
-    encode: (pass) => kernels.forEach((kernel) => kernel.encode(pass, step)),
-  };
+  return (pass) => kernels.forEach((kernel) => kernel.encode(pass, step));
 }
