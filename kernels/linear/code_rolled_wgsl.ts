@@ -24,29 +24,45 @@ export function rolledPsumbook(kernel: CodeKernel, lanes: BatchLanes): CodeBody 
   const stage = psumbooksPerStage(kernel);
   const type32 = lanes.type("f32");
   const zero = `${lanes.type("f16")}(0.0)`;
+  const inRegisters = Math.min(v, 8);
+  const multiply = (e: string, centroid: string) =>
+    times(
+      lanes.vectors,
+      (j) =>
+        `            p${j} = fma(${type32}(activations${j}[from_x + ${e}]), ${
+          splat(lanes, "f32", centroid)
+        }, p${j});`,
+    );
   const fill = `
-      let entry = stage + i / 256u;
-      let from_x = (entry / ${m}u) * ${v}u;
-      let centroid = ((entry % ${m}u) * 256u + i % 256u) * ${v}u;
-${times(lanes.vectors, (j) => `      var p${j} = ${type32}(0.0);`)}
-      for (var e = 0u; e < ${v}u; e++) {
-        let c = f32(codebooks[centroid + e]);
+      for (var c = lane; c < 256u; c += ${threads}u) {
+        for (var k = 0u; k < ${m}u; k++) {
+          let centroid = (k * 256u + c) * ${v}u;
+${times(inRegisters, (e) => `          let c${e} = f32(codebooks[centroid + ${e}u]);`)}
+          // The stage's entries of codebook k.
+          for (var entry = stage + (k + ${m}u - stage % ${m}u) % ${m}u; entry < stage_end; entry += ${m}u) {
+            let from_x = (entry / ${m}u) * ${v}u;
+${times(lanes.vectors, (j) => `            var p${j} = ${type32}(0.0);`)}
+${times(inRegisters, (e) => multiply(`${e}u`, `c${e}`))}
+${
+    v === inRegisters ? "" : `            for (var e = ${inRegisters}u; e < ${v}u; e++) {
+              let rest = f32(codebooks[centroid + e]);
+${multiply("e", "rest")}
+            }`
+  }
 ${
     times(lanes.vectors, (j) =>
-      `        p${j} = fma(${type32}(activations${j}[from_x + e]), ${
-        splat(lanes, "f32", "c")
-      }, p${j});`)
+      `            book${j}[(entry - stage) * 256u + c] = ${lanes.type("f16")}(p${j});`)
   }
-      }
-${times(lanes.vectors, (j) => `      book${j}[i] = ${lanes.type("f16")}(p${j});`)}`;
+          }
+        }
+      }`;
   const turn = `
     ${loadActivations(kernel, lanes, "")}
     for (var stage = 0u; stage < ${turnPositions * m}u; stage += ${stage}u) {
       let stage_end = min(stage + ${stage}u, ${turnPositions * m}u);
       // The last stage's gathers are done, and the activations are there.
       workgroupBarrier();
-      for (var i = lane; i < (stage_end - stage) * 256u; i += ${threads}u) {${fill}
-      }
+${fill}
       workgroupBarrier();
       for (var entry = stage; entry < stage_end; entry++) {
         let position = entry / ${m}u;

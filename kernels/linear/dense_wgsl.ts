@@ -1,5 +1,5 @@
 /**
- * WGSL of the decode kernel of dense float16 matrices: one thread holds one row of N, one workgroup a
+ * WGSL of the decode kernel of dense float16 matrices: one thread holds a few rows of N, one workgroup a
  * row block and a split of K, for up to eight rows of the step at once. Products are summed in
  * float32, by rising K, through a split; splits as `reduce_wgsl.ts` says.
  *
@@ -12,6 +12,8 @@ import { batchLanes, HEADER_WGSL, putWgsl, spread, times } from "./wgsl.ts";
 /** What a decode kernel of a dense matrix is generated from. */
 export interface DenseKernel {
   batch: Batch;
+  /** Rows of N a thread holds: an activation that is read serves them all. */
+  rowsPerThread: 1 | 2 | 4;
   target: Target;
 }
 
@@ -23,10 +25,10 @@ export function denseKernelBytes(batch: Batch): number {
 }
 
 /** The kernel's code. */
-export function denseKernelWgsl({ batch, target }: DenseKernel): string {
+export function denseKernelWgsl({ batch, rowsPerThread, target }: DenseKernel): string {
   const lanes = batchLanes(batch);
   const vector = lanes.type("f32");
-  const threads = DENSE_ROW_BLOCK;
+  const threads = DENSE_ROW_BLOCK / rowsPerThread;
 
   const fill = times(lanes.vectors, (j) => {
     const loads = Array.from(
@@ -38,16 +40,23 @@ export function denseKernelWgsl({ batch, target }: DenseKernel): string {
       activations${j}[i] = v${j};`;
   });
 
-  const products = times(OCTETS_PER_TURN, (o) =>
-    times(4, (pair) => {
-      const at = o * DENSE_OCTET + pair * 2;
-      return `{ let w = unpack2x16float(w${o}.${"xyzw"[pair]});\n` + times(2, (half) =>
-        times(lanes.vectors, (j) =>
-          `acc${j} = fma(${vector}(w.${"xy"[half]}), activations${j}[a + ${
-            at + half
-          }u], acc${j});`)) +
-        " }";
-    }));
+  const products = times(
+    OCTETS_PER_TURN,
+    (o) =>
+      times(4, (pair) =>
+        `{ let at = a + ${o * DENSE_OCTET + pair * 2}u;\n` +
+        times(
+          lanes.vectors,
+          (j) => `let x${j} = activations${j}[at]; let z${j} = activations${j}[at + 1u];`,
+        ) +
+        times(rowsPerThread, (r) =>
+          `{ let w = unpack2x16float(w${o}_${r}.${"xyzw"[pair]});\n` +
+          times(lanes.vectors, (j) =>
+            `acc${r}_${j} = fma(${vector}(w.x), x${j}, acc${r}_${j});
+           acc${r}_${j} = fma(${vector}(w.y), z${j}, acc${r}_${j});`) +
+          " }") +
+        " }"),
+  );
 
   return /* wgsl */ `${HEADER_WGSL}
 @group(0) @binding(2) var<storage, read> x: array<f16>;
@@ -70,7 +79,7 @@ ${
     times(batch, (b) =>
       `  let x${b} = params.x_offset + (range_start() + min(first + ${b}u, rows - 1u)) * params.x_stride;`)
   }
-${times(lanes.vectors, (j) => `  var acc${j} = ${vector}(0.0);`)}
+${times(rowsPerThread, (r) => times(lanes.vectors, (j) => `  var acc${r}_${j} = ${vector}(0.0);`))}
   let octets = (params.k + ${DENSE_K_ALIGN - 1}u) / ${DENSE_K_ALIGN}u * ${OCTETS_PER_TURN}u;
   let end = min((split + 1u) * params.split_units, params.units);
   for (var unit = split * params.split_units; unit < end; unit++) {
@@ -79,32 +88,33 @@ ${times(lanes.vectors, (j) => `  var acc${j} = ${vector}(0.0);`)}
     workgroupBarrier();
     let octet0 = unit * ${DENSE_TILE_K / DENSE_OCTET}u;
     let count = min(${DENSE_TILE_K / DENSE_OCTET}u, octets - octet0);
-    var at = (block * octets + octet0) * ${threads}u + lane;
+    var at = (block * octets + octet0) * ${DENSE_ROW_BLOCK}u + lane;
     for (var o = 0u; o < count; o += ${OCTETS_PER_TURN}u) {
       let a = o * ${DENSE_OCTET}u;
-${times(OCTETS_PER_TURN, (o) => `      let w${o} = weights[at + ${o * threads}u];`)}
+${
+    times(OCTETS_PER_TURN, (o) =>
+      times(rowsPerThread, (r) =>
+        `      let w${o}_${r} = weights[at + ${o * DENSE_ROW_BLOCK + r * threads}u];`))
+  }
 ${products}
-      at += ${OCTETS_PER_TURN * threads}u;
+      at += ${OCTETS_PER_TURN * DENSE_ROW_BLOCK}u;
     }
   }
-  let n = block * ${threads}u + lane;
-${
-    target === "partial"
-      ? times(batch, (b) =>
-        `  if (first + ${b}u < rows) {
-    y[(split * params.row_cap + workgroup.z * ${batch}u + ${b}u) * params.partial_stride + n] = ${
-          lanes.lane("acc", b)
-        };
-  }`)
-      : `  if (n < params.n) {
-${
-        times(batch, (b) =>
-          `    if (first + ${b}u < rows) { put(range_start() + first + ${b}u, n, ${
-            lanes.lane("acc", b)
-          }); }`)
-      }
-  }`
-  }
+${times(rowsPerThread, (r) => storeRow(r, batch, threads, target))}
 }
 `;
+}
+
+/** The sums of row `r` of a thread. */
+function storeRow(r: number, batch: Batch, threads: number, target: Target): string {
+  const lanes = batchLanes(batch);
+  const n = `let n = block * ${DENSE_ROW_BLOCK}u + ${r * threads}u + lane;`;
+  const store = (b: number) =>
+    target === "partial"
+      ? `y[(split * params.row_cap + workgroup.z * ${batch}u + ${b}u) * params.partial_stride + n]` +
+        ` = ${lanes.lane(`acc${r}_`, b)};`
+      : `if (n < params.n) { put(range_start() + first + ${b}u, n, ${
+        lanes.lane(`acc${r}_`, b)
+      }); }`;
+  return `  { ${n}\n` + times(batch, (b) => `    if (first + ${b}u < rows) { ${store(b)} }`) + " }";
 }

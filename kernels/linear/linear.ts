@@ -15,7 +15,7 @@ import { codeKernelWgsl } from "./code_wgsl.ts";
 import { denseKernelBytes, denseKernelWgsl } from "./dense_wgsl.ts";
 import { codeOrder, denseOrder, roundUp } from "./order.ts";
 import type { PrefillTile } from "./prefill_wgsl.ts";
-import { prefillThreads, prefillWgsl } from "./prefill_wgsl.ts";
+import { prefillBytes, prefillThreads, prefillWgsl } from "./prefill_wgsl.ts";
 import { reduceColumns, reduceWgsl } from "./reduce_wgsl.ts";
 import type { Linear, LinearOptions, Matrix, MatrixBlock, MatrixShape } from "./types.ts";
 import type { Variant } from "./variant.ts";
@@ -236,7 +236,9 @@ function decodeCode(options: LinearOptions, variant: Variant, batch: Batch, targ
   const { gpu: { limits }, matrix: { order, format }, profile } = options;
   const workgroupBytes = limits.maxComputeWorkgroupStorageSize;
   if (order.kind === "dense") {
-    return denseKernelBytes(batch) <= workgroupBytes ? denseKernelWgsl({ batch, target }) : null;
+    return denseKernelBytes(batch) <= workgroupBytes
+      ? denseKernelWgsl({ batch, rowsPerThread: variant.denseRowsPerThread, target })
+      : null;
   }
   invariant(format !== null, "a code order has a format");
   const perThread = rowsPerThread(order);
@@ -267,6 +269,7 @@ async function planPrefill(
   const pipelines: PrefillPlan["pipelines"] = [];
   for (const tile of tiles) {
     if (prefillThreads(tile) > gpu.limits.maxComputeInvocationsPerWorkgroup) continue;
+    if (prefillBytes({ tile, code }) > gpu.limits.maxComputeWorkgroupStorageSize) continue;
     pipelines.push({
       tile,
       pipeline: await gpu.pipeline({

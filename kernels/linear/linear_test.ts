@@ -143,6 +143,7 @@ Deno.test("CodeGEMM linear layers equal their references in many formats, at def
     await comparesWithReferences(gpu, [64, 96], "m3v4g32");
     await comparesWithReferences(gpu, [70, 72], "m2v3g9", undefined, ["codegemm", "prefill"]);
     await comparesWithReferences(gpu, [40, 128], "m1v32g32", undefined, ["dequantize"]);
+    await comparesWithReferences(gpu, [40, 72], "m2v18g36", undefined, ["prefill"]);
   }));
 
 Deno.test("CodeGEMM linear layers equal their references at the adapter's limits", () =>
@@ -208,7 +209,14 @@ Deno.test("a row's bits do not depend on its company, its place, the batch or th
           { batches: [1], turnK: 16 },
           { batches: [2] },
           { batches: [4], turnK: 32 },
-          { prefillTiles: [{ rows: 16, columns: 32, patchRows: 2, patchColumns: 2 }] },
+          {
+            prefillTiles: [{
+              rows: 16,
+              columns: 32,
+              patchRows: 2,
+              patchColumns: 2,
+            }],
+          },
         ];
         if (text !== "dense") variants.push({ batches: [2], unroll: true, turnK: 16 });
         for (const variant of variants) {

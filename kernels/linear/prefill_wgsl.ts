@@ -35,20 +35,28 @@ export function prefillThreads(tile: PrefillTile): number {
   return (tile.rows / tile.patchRows) * (tile.columns / tile.patchColumns);
 }
 
-/** K of a tile: whole code words, around 32. */
-function tileK(kernel: PrefillKernel): number {
-  if (kernel.code === null) return DENSE_K_ALIGN;
-  const wordK = 4 * kernel.code.format.v;
-  return Math.max(1, Math.floor(32 / wordK)) * wordK;
+/** Workgroup memory of a prefill kernel. */
+export function prefillBytes({ tile, code }: Pick<PrefillKernel, "tile" | "code">): number {
+  return Math.ceil(tileK(code) / 4) * 4 * (tile.rows + tile.columns) * 2;
 }
+
+/** K of a tile: around 32; whole code words, or one position where vectors are long. */
+function tileK(code: PrefillKernel["code"]): number {
+  if (code === null) return DENSE_K_ALIGN;
+  const { v } = code.format;
+  return v > LONG_VECTOR ? v : Math.max(1, Math.floor(32 / (4 * v))) * 4 * v;
+}
+
+/** Above it, the four vectors of a code word are too much for a tile. */
+const LONG_VECTOR = 8;
 
 /** The kernel's code; dispatched over (tiles of N, tiles of rows). */
 export function prefillWgsl(kernel: PrefillKernel): string {
   const { tile, store } = kernel;
   const threads = prefillThreads(tile);
   const threadColumns = tile.columns / tile.patchColumns;
-  const depth = tileK(kernel);
-  const quads = depth / 4;
+  const depth = tileK(kernel.code);
+  const quads = Math.ceil(depth / 4);
   const weights = kernel.code === null
     ? denseTile(tile, threads)
     : codeTile(kernel.code, tile, threads, depth);
@@ -169,32 +177,31 @@ function codeTile(
   threads: number,
   depth: number,
 ): TileSource {
-  const words = depth / (4 * v);
+  // A tile holds whole words, or one position of a word.
+  const positions = depth >= 4 * v ? 4 : 1;
+  const items = depth / (positions * v);
+  const quads = Math.ceil(positions * v / 4);
   const vectors = v % 4 === 0;
-  const element = (position: number, e: number) => {
-    const terms = Array.from(
-      { length: m },
-      (_, k) =>
-        `f32(codebooks[(${k * 256}u + ((word${k} >> ${8 * position}u) & 255u)) * ${v}u + ${e}u])`,
-    );
-    return `scale${position} * (${terms.join(" + ")})`;
+  const code = (k: number, position: number) => {
+    const shift = positions === 4 ? `${8 * position}u` : `shift`;
+    return `(${k * 256}u + ((word${k} >> ${shift}) & 255u))`;
+  };
+  const sum = (load: (k: number) => string) =>
+    `(${Array.from({ length: m }, (_, k) => load(k)).join(" + ")})`;
+  const element = (at: number) => {
+    const position = Math.floor(at / v);
+    if (position >= positions) return "0.0";
+    return `scale${position} * ` +
+      sum((k) => `f32(codebooks[${code(k, position)} * ${v}u + ${at % v}u])`);
   };
   const quadValue = (quad: number) => {
     const position = Math.floor(quad * 4 / v);
-    if (vectors) {
-      const terms = Array.from(
-        { length: m },
-        (_, k) =>
-          `vec4<f32>(codebooks[(${k * 256}u + ((word${k} >> ${8 * position}u) & 255u)) * ${
-            v / 4
-          }u + ${(quad * 4 % v) / 4}u])`,
-      );
-      return `scale${position} * (${terms.join(" + ")})`;
-    }
-    const values = [0, 1, 2, 3].map((i) =>
-      element(Math.floor((quad * 4 + i) / v), (quad * 4 + i) % v)
-    );
-    return `vec4<f32>(${values.join(", ")})`;
+    return vectors
+      ? `scale${position} * ` +
+        sum((k) =>
+          `vec4<f32>(codebooks[${code(k, position)} * ${v / 4}u + ${(quad * 4 % v) / 4}u])`
+        )
+      : `vec4<f32>(${[0, 1, 2, 3].map((i) => element(quad * 4 + i)).join(", ")})`;
   };
   return {
     declarations: `@group(0) @binding(4) var<storage, read> codes: array<u32>;
@@ -205,28 +212,32 @@ function codeTile(
   let in_block = column0 % ${order.rowBlock}u;
   let scale_block = row_block * (params.k / ${v * order.scalePositions}u);`,
     load: spread(
-      words * tile.columns,
+      items * tile.columns,
       threads,
       true,
       `let column = i % ${tile.columns}u;
-      let in_tile = i / ${tile.columns}u;
-      let at = k0 / ${4 * v}u + in_tile;
+      let item = i / ${tile.columns}u;
+      let position = k0 / ${v}u + item * ${positions}u;
+      let at = position / 4u;
+      let to = item * ${quads * tile.columns}u + column;
       if (at < word_count) {
+        let shift = 8u * (position & 3u);
 ${
         times(m, (k) =>
           `        let word${k} = codes[((row_block * word_count + at) * ${m}u + ${k}u) * ${order.rowBlock}u + in_block + column];`)
       }
 ${
-        times(4, (p) =>
-          `        let scale${p} = f32(scales[(scale_block + (at * 4u + ${p}u) / ${order.scalePositions}u) * ${order.rowBlock}u + in_block + column]);`)
+        times(positions, (p) =>
+          `        let scale${p} = f32(scales[(scale_block + (position + ${p}u) / ${order.scalePositions}u) * ${order.rowBlock}u + in_block + column]);`)
       }
-        let to = in_tile * ${v * tile.columns}u + column;
 ${
-        times(v, (quad) =>
-          `        tile_w[to + ${quad * tile.columns}u] = vec4<f16>(${quadValue(quad)});`)
+        times(quads, (quad) =>
+          `        tile_w[to + ${quad * tile.columns}u] = vec4<f16>(vec4<f16>(${
+            quadValue(quad)
+          }));`)
       }
       } else {
-        for (var q = 0u; q < ${v}u; q++) { tile_w[(in_tile * ${v}u + q) * ${tile.columns}u + column] = vec4<f16>(0.0h); }
+        for (var q = 0u; q < ${quads}u; q++) { tile_w[to + q * ${tile.columns}u] = vec4<f16>(); }
       }`,
     ),
   };

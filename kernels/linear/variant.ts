@@ -18,6 +18,8 @@ export interface Variant {
   turnK: number;
   /** Decode kernels as straight code: faster on a GPU, many seconds to compile for a CPU. */
   unroll: boolean;
+  /** Rows of N that a thread of a dense decode kernel holds. */
+  denseRowsPerThread: 1 | 2 | 4;
   /** Prefill tiles by rising rows: a step takes the smallest that holds its rows, else the largest. */
   prefillTiles: readonly PrefillTile[];
 }
@@ -25,10 +27,11 @@ export interface Variant {
 /** The variant of an adapter until autotuning says better. */
 export function defaultVariant(software: boolean): Variant {
   return {
-    batches: [1, 2, 4, 8],
+    batches: software ? [1, 4] : [1, 2, 4, 8],
+    denseRowsPerThread: software ? 4 : 1,
     turnK: 64,
     unroll: !software,
-    prefillTiles: [{ rows: 32, columns: 64, patchRows: 4, patchColumns: 4 }],
+    prefillTiles: [{ rows: 32, columns: 64, patchRows: software ? 8 : 4, patchColumns: 4 }],
   };
 }
 
