@@ -67,10 +67,10 @@ fn range_start() -> u32 {
 `;
 
 /**
- * \`put(row, n, value)\`: one finished sum into the output, row counted within the view.
+ * `put(row, n, value)`: one finished sum into the output, row counted within the view.
  *
- * Rounding to float16 is asked for by \`quantizeToF16\`: NVIDIA's compiler takes \`f32(f16(x))\`, and
- * \`unpack2x16float(pack2x16float(x))\` too, for \`x\` itself and rounds nothing (seen on an H200 with
+ * Rounding to float16 is asked for by `quantizeToF16`: NVIDIA's compiler takes `f32(f16(x))`, and
+ * `unpack2x16float(pack2x16float(x))` too, for `x` itself and rounds nothing (seen on an H200 with
  * driver 580). Values beyond float16's range are clamped, because WGSL leaves them open.
  */
 export function putWgsl(store: LinearStore): string {
