@@ -93,6 +93,17 @@ class Ear {
     hear(FLEET.step(COORDINATOR, "*", "*"), (data) => this.frames.push(decodeFrame(data)));
   }
 
+  /** Waits until the coordinator's own connection is back. */
+  async untilConnected(): Promise<void> {
+    if (this.link.bus.status === "connected") await this.link.bus.flush().catch(() => {});
+    while (this.link.bus.status !== "connected") {
+      const changed = Promise.withResolvers<void>();
+      const subscription = this.link.bus.onStatus(() => changed.resolve());
+      await changed.promise;
+      subscription.unsubscribe();
+    }
+  }
+
   /** Waits for a condition, or for the process to end before it holds. */
   async until(condition: () => boolean, worker: WorkerProcess): Promise<void> {
     let ended = false;
@@ -196,6 +207,19 @@ Deno.test("a worker process joins, fetches its stage over NATS, serves a step, a
     await ear.until(() => ear.beats.length > beats, worker);
     assertEquals([ear.beats.at(-1)!.state, ear.beats.at(-1)!.epoch], ["serving", 5]);
 
+    // NATS goes and comes back: whoever is heard first, the worker is found and goes on.
+    await server.restart();
+    const cards = ear.cards.length;
+    await ear.untilConnected();
+    bus.publish(FLEET.call, new Uint8Array());
+    await ear.until(() => ear.cards.length > cards, worker);
+    bus.publish(
+      FLEET.step("w1", COORDINATOR, 5),
+      encodeFrame(stepOf(2, batchOf([{ sequence: 1, position: 1, token: 3 }]), { epoch: 5 })),
+    );
+    await ear.until(() => ear.frames.length > 1, worker);
+    assertEquals(ear.frames[1].step, 2);
+
     const { code, ms } = await worker.stop("SIGTERM");
     assertEquals(code, 0, worker.output);
     assertLess(ms, 1500);
@@ -203,10 +227,10 @@ Deno.test("a worker process joins, fetches its stage over NATS, serves a step, a
 
     // The next process of the same cache has every part at hand.
     const next = new WorkerProcess([...args, "--name", "w1"]);
-    await ear.until(() => ear.cards.length > 1, next);
+    const newest = () => ear.cards.at(-1)!;
+    await ear.until(() => newest().instance !== card.instance, next);
     const digests = described.parts.map(({ ref }) => ref.digest);
-    assertEquals([...ear.cards[1].cachedParts].sort(), digests.sort());
-    assert(ear.cards[1].instance !== card.instance);
+    assertEquals([...newest().cachedParts].sort(), digests.sort());
     assertEquals((await next.stop("SIGINT")).code, 0, next.output);
   }));
 
@@ -221,16 +245,31 @@ async function inOnePiece(model: RandomModel, batch: StepBatch): Promise<RowResu
   return results;
 }
 
-Deno.test("a worker process that cannot join ends with the reason", async () => {
-  const cases: [args: string[], reason: string, code: number][] = [
-    [["--nats", "ws://127.0.0.1:1"], "Nothing answers at ws://127.0.0.1:1", 1],
-    [["--nats", "nats://127.0.0.1:1"], "ws://", 2],
-    [["--name", "a.b"], "cannot be a worker's name", 2],
-    [["--memory", "lots"], "--memory takes a size", 2],
-  ];
-  await Promise.all(cases.map(async ([args, reason, code]) => {
-    const worker = new WorkerProcess(args);
-    assertEquals((await worker.ended()).code, code, worker.output);
-    assertStringIncludes(worker.output, reason);
+Deno.test("a worker process that cannot join ends with the reason", () =>
+  withServer(async (server, _, directory) => {
+    await Deno.writeTextFile(`${directory}/wrong`, "w1:wrong");
+    const nats = ["--nats", server.url],
+      credentials = ["--credentials", server.credentialsFile("w1")];
+    const cases: [args: string[], reason: string, code: number][] = [
+      [["--nats", "ws://127.0.0.1:1"], "Nothing answers at ws://127.0.0.1:1", 1],
+      [["--nats", "nats://127.0.0.1:1"], "ws://", 2],
+      [[...nats, "--credentials", `${directory}/wrong`], "refused the credentials", 1],
+      [["--name", "a.b"], "cannot be a worker's name", 2],
+      [["--memory", "lots"], "--memory takes a size", 2],
+      [[...nats, ...credentials, "--software", "--cache", "/proc/none"], "--cache DIR", 1],
+    ];
+    if (await onlySoftware()) {
+      cases.push([[...nats, ...credentials, "--cache", directory], "pass --software", 1]);
+    }
+    for (const [args, reason, code] of cases) {
+      const worker = new WorkerProcess(args);
+      assertEquals((await worker.ended()).code, code, worker.output);
+      assertStringIncludes(worker.output, reason);
+    }
   }));
-});
+
+async function onlySoftware(): Promise<boolean> {
+  const gpu = await Gpu.open({ software: true });
+  gpu.close();
+  return gpu.info.software;
+}
