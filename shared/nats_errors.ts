@@ -57,8 +57,8 @@ export function explainConnectError(
   }
   if (/Parse Error|Unexpected server response|Invalid Upgrade|Sec-WebSocket/i.test(text)) {
     return nats(
-      `${url} answers, but is no websocket listener (${text}); use the port of the websocket ` +
-        'block of nats-server\'s configuration ("deno task nats --print" shows one)',
+      `${url} answers, but is no websocket listener of this kind (${text}); use the port of the ` +
+        "websocket block of nats-server's configuration, and wss:// if that has tls",
     );
   }
   if (/timed? ?out/i.test(text) || property(error, "code") === ErrorCode.Timeout) {

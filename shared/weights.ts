@@ -7,6 +7,7 @@
  * @module
  */
 import type { NatsConnection } from "nats.ws";
+import { createHash } from "node:crypto";
 import { type Clock, sleep, systemClock } from "./clock.ts";
 import { FleetError } from "./errors.ts";
 import { LIMITS } from "./limits.ts";
@@ -18,7 +19,6 @@ import {
   partBytes,
   type PartManifest,
   readPart,
-  sha256Hex,
   type ShardRef,
 } from "./parts.ts";
 import type { PartRef } from "./protocol.ts";
@@ -209,14 +209,16 @@ async function fetchObject(
   const limit = bytes ?? LIMITS.maxShardBytes;
   if (object.size > limit) throw corrupt(`it has ${object.size} bytes, at most ${limit} expected`);
   const out = new Uint8Array(object.size);
+  const hash = createHash("sha256");
   let at = 0;
   for await (const chunk of objects.read(object)) {
     if (chunk.length > out.length - at) throw corrupt("its chunks are longer than it");
     out.set(chunk, at);
+    hash.update(chunk);
     at += chunk.length;
   }
   if (at !== out.length) throw corrupt("its chunks are shorter than it");
-  if (sha256Hex(out) !== digest) throw corrupt("its bytes have another digest");
+  if (hash.digest("hex") !== digest) throw corrupt("its bytes have another digest");
   return out;
 }
 

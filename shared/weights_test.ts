@@ -85,6 +85,7 @@ Deno.test("weights over a real server", async (t) => {
         if (doneBytes > totalBytes / 3) restarted ??= server.restart();
       },
     });
+    assert(restarted);
     await restarted;
     assertEquals(published.uploadedObjects, shards + model.parts.length);
     assertEquals(published.uploadedBytes, published.totalBytes);
@@ -143,6 +144,7 @@ Deno.test("weights over a real server", async (t) => {
       return put(digest, bytes);
     };
     await fetchAll(connection, model, store);
+    assert(restarted);
     await restarted;
     assertEquals(store.shardsPut, shards);
   });
