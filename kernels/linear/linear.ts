@@ -96,7 +96,7 @@ export async function createLinear(options: LinearOptions): Promise<Linear> {
   const plans: Partial<Record<RowRange, DecodePlan>> = {};
   for (const range of ranges) {
     if (range === "prefill") {
-      prefill = await planPrefill(options, variant.prefillTiles, uniforms);
+      prefill = await planPrefill(options, variant, uniforms);
     } else {
       decode = await planDecode(options, variant, range, uniforms);
       plans[range] = decode;
@@ -259,7 +259,7 @@ function decodeCode(options: LinearOptions, variant: Variant, batch: Batch, targ
 
 async function planPrefill(
   options: LinearOptions,
-  tiles: readonly PrefillTile[],
+  variant: Variant,
   uniforms: Uniforms,
 ): Promise<PrefillPlan> {
   const { gpu, label, matrix, step, input, output, store, maxRows } = options;
@@ -267,14 +267,14 @@ async function planPrefill(
   const code = order.kind === "code" && format !== null ? { format, order } : null;
   const bindings = code ? CODE_PREFILL_BINDINGS : DENSE_PREFILL_BINDINGS;
   const pipelines: PrefillPlan["pipelines"] = [];
-  for (const tile of tiles) {
+  for (const tile of variant.prefillTiles) {
     if (prefillThreads(tile) > gpu.limits.maxComputeInvocationsPerWorkgroup) continue;
     if (prefillBytes({ tile, code }) > gpu.limits.maxComputeWorkgroupStorageSize) continue;
     pipelines.push({
       tile,
       pipeline: await gpu.pipeline({
         label: `${label} prefill`,
-        code: prefillWgsl({ tile, code, store }),
+        code: prefillWgsl({ tile, code, unroll: variant.unroll, store }),
         bindings,
       }),
     });

@@ -27,6 +27,8 @@ export interface PrefillTile {
 export interface PrefillKernel {
   tile: PrefillTile;
   code: { format: CodeGemmFormat; order: CodeOrder } | null;
+  /** Straight code where the tiles are loaded. */
+  unroll: boolean;
   store: LinearStore;
 }
 
@@ -52,14 +54,14 @@ const LONG_VECTOR = 8;
 
 /** The kernel's code; dispatched over (tiles of N, tiles of rows). */
 export function prefillWgsl(kernel: PrefillKernel): string {
-  const { tile, store } = kernel;
+  const { tile, store, unroll } = kernel;
   const threads = prefillThreads(tile);
   const threadColumns = tile.columns / tile.patchColumns;
   const depth = tileK(kernel.code);
   const quads = Math.ceil(depth / 4);
   const weights = kernel.code === null
-    ? denseTile(tile, threads)
-    : codeTile(kernel.code, tile, threads, depth);
+    ? denseTile(tile, threads, unroll)
+    : codeTile(kernel.code, tile, threads, depth, unroll);
   const products = times(
     4,
     (e) =>
@@ -100,7 +102,7 @@ ${weights.prologue}
     spread(
       quads * tile.rows,
       threads,
-      true,
+      unroll,
       `let row = row0 + i / ${quads}u;
       let k = k0 + (i % ${quads}u) * 4u;
       var v = vec4<f16>(0.0h);
@@ -152,7 +154,7 @@ interface TileSource {
   load: string;
 }
 
-function denseTile(tile: PrefillTile, threads: number): TileSource {
+function denseTile(tile: PrefillTile, threads: number, unroll: boolean): TileSource {
   const octets = DENSE_K_ALIGN / DENSE_OCTET;
   return {
     declarations: `@group(0) @binding(4) var<storage, read> weights: array<vec4<u32>>;`,
@@ -161,7 +163,7 @@ function denseTile(tile: PrefillTile, threads: number): TileSource {
     load: spread(
       octets * tile.columns,
       threads,
-      true,
+      unroll,
       `let o = i / ${tile.columns}u;
       let column = i % ${tile.columns}u;
       let w = weights[(row_block + k0 / ${DENSE_OCTET}u + o) * ${DENSE_ROW_BLOCK}u + column0 % ${DENSE_ROW_BLOCK}u + column];
@@ -176,6 +178,7 @@ function codeTile(
   tile: PrefillTile,
   threads: number,
   depth: number,
+  unroll: boolean,
 ): TileSource {
   // A tile holds whole words, or one position of a word.
   const positions = depth >= 4 * v ? 4 : 1;
@@ -214,7 +217,7 @@ function codeTile(
     load: spread(
       items * tile.columns,
       threads,
-      true,
+      unroll,
       `let column = i % ${tile.columns}u;
       let item = i / ${tile.columns}u;
       let position = k0 / ${v}u + item * ${positions}u;

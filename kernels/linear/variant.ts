@@ -16,7 +16,7 @@ export interface Variant {
   batches: readonly Batch[];
   /** K that a CodeGEMM decode kernel takes at a turn. */
   turnK: number;
-  /** Decode kernels as straight code: faster on a GPU, many seconds to compile for a CPU. */
+  /** Straight code in place of loops: faster on a GPU, many seconds to compile for a CPU. */
   unroll: boolean;
   /** Rows of N that a thread of a dense decode kernel holds. */
   denseRowsPerThread: 1 | 2 | 4;
