@@ -203,6 +203,10 @@ Deno.test("a worker process joins, fetches its stage over NATS, serves a step, a
     const [result] = ear.frames;
     assert(result.type === "result" && result.epoch === 5 && result.step === 1);
     assertEquals(result.results, await inOnePiece(model, batch));
+    // Two threads' accounts of one clock.
+    const [{ receivedAtMs, startedAtMs, sentAtMs }] = result.traces;
+    assertLess(receivedAtMs, startedAtMs + 5);
+    assertLess(startedAtMs, sentAtMs + 5);
     const beats = ear.beats.length;
     await ear.until(() => ear.beats.length > beats, worker);
     assertEquals([ear.beats.at(-1)!.state, ear.beats.at(-1)!.epoch], ["serving", 5]);

@@ -19,7 +19,7 @@ import {
   WorkerCard,
   WorkerReport,
 } from "../shared/protocol.ts";
-import { BOUNDS, settle, SimulatedRunner, stepOf } from "./stage_fixture.ts";
+import { batchOf, BOUNDS, settle, SimulatedRunner, stepOf } from "./stage_fixture.ts";
 import { FleetWorker, type PartProgress } from "./worker.ts";
 
 const FLEET = subjects("fleet");
@@ -89,6 +89,7 @@ class Scene {
   /** Loads that wait to be let go, and stages freed so far. */
   readonly loads: { epoch: number; go: () => void; fail: (error: Error) => void }[] = [];
   readonly destroyed: number[] = [];
+  readonly failures: FleetError[] = [];
   readonly worker: FleetWorker<string>;
 
   constructor() {
@@ -105,6 +106,7 @@ class Scene {
       card: CARD,
       parts: { held: () => [digest(7)], provide: (parts, tell) => this.#provide(parts, tell) },
       loader: { load: ({ epoch }) => this.#load(epoch) },
+      onFailure: (error) => this.failures.push(error),
     });
     this.worker.join();
   }
@@ -154,6 +156,13 @@ class Scene {
     await this.advance(2);
   }
 
+  /** The first step of an epoch. */
+  step(epoch: number): void {
+    const batch = batchOf([{ sequence: 0, position: 0, token: 3 }]);
+    const frame = encodeFrame(stepOf(1, batch, { epoch }));
+    this.coordinator.publish(FLEET.step("w0", COORDINATOR, epoch), frame);
+  }
+
   reported(type: WorkerReport["type"]): WorkerReport[] {
     return this.reports.filter((report) => report.type === type);
   }
@@ -197,15 +206,7 @@ Deno.test("an assignment is accepted at once, then loaded, reported ready, and s
   await scene.advance(2);
   const [ready] = scene.reported("ready");
   assert(ready.type === "ready" && ready.epoch === 4 && ready.loadMs >= 50);
-  const batch = stepOf(1, {
-    sequences: [{ pages: Uint32Array.of(0) }],
-    rowSequence: Uint16Array.of(0),
-    rowPosition: Uint32Array.of(0),
-    rowToken: Uint32Array.of(3),
-    decodeRows: 1,
-    requests: [{ type: "score", row: 0, token: 1 }],
-  }, { epoch: 4 });
-  scene.coordinator.publish(FLEET.step("w0", COORDINATOR, 4), encodeFrame(batch));
+  scene.step(4);
   await scene.advance(5);
   assertEquals(scene.frames.map(({ type, epoch, step }) => [type, epoch, step]), [[
     "result",
@@ -282,6 +283,30 @@ Deno.test("a load that fails is reported, and the worker stands ready for the ne
   assertEquals([scene.worker.state, scene.worker.epoch], ["failed", 4]);
   await scene.serve(5);
   assertEquals(scene.worker.state, "serving");
+});
+
+Deno.test("a worker that cannot go on says why, once", async () => {
+  const scene = new Scene();
+  await scene.serve(4);
+  const gone = new FleetError("gpu", "device lost: unplugged");
+  scene.worker.fail(gone);
+  scene.worker.fail(gone);
+  await scene.advance(2);
+  assertEquals(scene.reported("failed").map((r) => r.type === "failed" && [r.epoch, r.code]), [
+    [4, "gpu"],
+  ]);
+  assertEquals([scene.worker.state, scene.destroyed], ["failed", [4]]);
+});
+
+Deno.test("a runner's failure is told to the fleet and to the process", async () => {
+  const scene = new Scene();
+  await scene.serve(4);
+  scene.runners[0].failure = new FleetError("gpu", "device lost: unplugged");
+  scene.step(4);
+  await scene.advance(5);
+  assertEquals(scene.reported("failed").length, 1);
+  assertEquals(scene.failures.map(({ code }) => code), ["gpu"]);
+  assertEquals(scene.worker.state, "failed");
 });
 
 Deno.test("how an assignment ended is told again after a reconnect, and when it is asked again", async () => {
