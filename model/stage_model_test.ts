@@ -1,7 +1,8 @@
 import { assert, assertAlmostEquals, assertEquals, assertRejects, assertThrows } from "@std/assert";
 import { FleetError } from "../shared/errors.ts";
 import type { StepBatch } from "../shared/frames.ts";
-import type { ModelConfig } from "../shared/model_config.ts";
+import { stageFootprint } from "../shared/footprint.ts";
+import { type ModelConfig, stageParts } from "../shared/model_config.ts";
 import { randomInt, seededRandom } from "../shared/random.ts";
 import { Gpu } from "../kernels/gpu.ts";
 import { loadReference } from "./reference.ts";
@@ -224,6 +225,29 @@ Deno.test("an error on the device makes the next finish throw", async () => {
   assertEquals(error.code, "gpu");
   gpu.close();
 });
+
+Deno.test("a stage takes no more memory than its footprint foretells", () =>
+  withGpu(async (gpu) => {
+    const bounds = { ...LIMITS, maxRows: 64, maxOutputs: 16, pages: 300, contextTokens: 2048 };
+    for (const name of ["dense, heads of 8", "codegemm m2v8g64"]) {
+      const config = { ...MODELS[name], vocabSize: 4000 };
+      const tensors = randomModel(config, 12);
+      const weights = new WeightStore(gpu);
+      const stages = [
+        { from: 0, to: 1, first: true, last: false },
+        { from: 1, to: 3, first: false, last: true },
+      ];
+      for (const stage of stages) {
+        for (const part of stageParts(stage)) await weights.load(config, part, tensors);
+        const spec = { config, ...stage, limits: bounds, profile: PROFILE };
+        const model = await StageModel.load(gpu, spec, weights);
+        const { totalBytes } = stageFootprint(config, stage, bounds);
+        assert(model.memoryBytes <= totalBytes, `${model.memoryBytes} of ${totalBytes} bytes`);
+        model.destroy();
+      }
+      weights.destroy();
+    }
+  }));
 
 Deno.test("a part is loaded once, shared by stages, and freed when it is no longer named", () =>
   withGpu(async (gpu) => {
