@@ -267,11 +267,12 @@ class NatsBus implements Bus {
     this.#checkOpen();
     const subscription = this.#connection.subscribe(pattern, {
       callback: (error, message) => {
+        // A refused subscription; the connection's status tells of it.
+        if (error) return;
+        const { subject, reply } = message;
+        const received: BusMessage = { subject, data: owned(message.data) };
+        if (reply) received.respond = (data) => this.#send(reply, data);
         try {
-          if (error) throw error;
-          const { subject, reply } = message;
-          const received: BusMessage = { subject, data: owned(message.data) };
-          if (reply) received.respond = (data) => this.#send(reply, data);
           handler(received);
         } catch (error) {
           console.error(`The handler of ${pattern} failed:`, error);
@@ -354,10 +355,17 @@ class NatsBus implements Bus {
   }
 
   async #followStatus(): Promise<void> {
-    for await (const { type, data } of this.#connection.status()) {
-      if (type === Events.Disconnect) this.#become("disconnected");
-      else if (type === Events.Reconnect) this.#become("connected");
-      else if (type === Events.Error) console.error(`NATS reports an error: ${data}`);
+    for await (const status of this.#connection.status()) {
+      if (status.type === Events.Disconnect) this.#become("disconnected");
+      else if (status.type === Events.Reconnect) this.#become("connected");
+      else if (status.type === Events.Error) {
+        const { operation, subject } = status.permissionContext ?? {};
+        console.error(
+          subject
+            ? `NATS refuses this user's ${operation} to ${subject}`
+            : `NATS reports an error: ${status.data}`,
+        );
+      }
     }
   }
 

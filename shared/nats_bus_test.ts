@@ -141,6 +141,21 @@ Deno.test("the NATS bus against a real server", async (t) => {
     assertEquals(await a.request("t.double", bytes(4), 2000), bytes(8));
   });
 
+  await t.step(
+    "a server that stops reading fills a bounded buffer, then messages are lost",
+    async () => {
+      const link = await connectNats({ url: server.url, name: "c" });
+      const { outBytes } = link.connection.stats();
+      server.signal("SIGSTOP");
+      for (let i = 0; i < 128; i++) link.bus.publish("t.flood", new Uint8Array(2 ** 20));
+      server.signal("SIGCONT");
+      const takenMiB = (link.connection.stats().outBytes - outBytes) / 2 ** 20;
+      await link.bus.close();
+      assertGreater(takenMiB, 60);
+      assertLess(takenMiB, 80);
+    },
+  );
+
   await t.step("JetStream is there", async () => {
     const link = await connectNats({ url: server.url, name: "c" });
     assertGreater((await requireJetStream(link.connection)).limits.max_streams, -2);

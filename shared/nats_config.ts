@@ -49,7 +49,6 @@ export function workerPermissions(
   worker: string,
 ): { publish: string[]; subscribe: string[] } {
   const fleet = subjects(prefix);
-  const stream = `OBJ_${fleet.bucket}`;
   return {
     publish: [
       fleet.hello(worker),
@@ -57,9 +56,7 @@ export function workerPermissions(
       fleet.report(worker),
       fleet.step("*", worker, "*"),
       "$JS.API.INFO",
-      `$JS.API.STREAM.INFO.${stream}`,
-      `$JS.API.DIRECT.GET.${stream}`,
-      `$JS.API.DIRECT.GET.${stream}.>`,
+      `$JS.API.DIRECT.GET.OBJ_${fleet.bucket}`,
     ],
     subscribe: [
       fleet.call,

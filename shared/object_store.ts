@@ -30,7 +30,10 @@ export interface StoredObject {
 export interface ObjectStoreOptions {
   connection: NatsConnection;
   bucket: string;
-  /** A request without an answer for this long has failed; 10 s when absent. */
+  /**
+   * A request without an answer for this long has failed; 10 s when absent. Up to eight chunks share
+   * the wire, so a link needs 4 MiB in that time.
+   */
   requestTimeoutMs?: number;
 }
 
@@ -193,7 +196,10 @@ export class ObjectStore {
     );
   }
 
-  /** Names of all whole objects, by size; what interrupted uploads left is removed. */
+  /**
+   * Names of all whole objects, with their sizes. What interrupted uploads left is removed, and so
+   * would be an upload that is under way elsewhere: a bucket has one writer.
+   */
   async tidy(): Promise<Map<string, number>> {
     const { streams } = await this.#manager();
     const info = await this.#ask(() =>
@@ -265,7 +271,7 @@ export class ObjectStore {
 
   async #manager(): Promise<JetStreamManager> {
     return await this.#ask(() =>
-      this.#options.connection.jetstreamManager({ timeout: this.#timeout })
+      this.#options.connection.jetstreamManager({ timeout: this.#timeout, checkAPI: false })
     );
   }
 
