@@ -6,6 +6,7 @@ import { Gpu } from "../kernels/gpu.ts";
 import { encodeSafetensors, memorySource, openCheckpoint } from "../shared/checkpoint/mod.ts";
 import { decodeFrame, encodeFrame } from "../shared/codec.ts";
 import type { Frame, RowResult, StepBatch } from "../shared/frames.ts";
+import { LIMITS as FLEET_LIMITS } from "../shared/limits.ts";
 import { stageParts } from "../shared/model_config.ts";
 import { connectNats, type NatsLink } from "../shared/nats_bus.ts";
 import { describeParts } from "../shared/parts.ts";
@@ -210,6 +211,11 @@ Deno.test("a worker process joins, fetches its stage over NATS, serves a step, a
     const beats = ear.beats.length;
     await ear.until(() => ear.beats.length > beats, worker);
     assertEquals([ear.beats.at(-1)!.state, ear.beats.at(-1)!.epoch], ["serving", 5]);
+
+    // Neither the load nor the steps, both of which block the GPU thread, held up a beat.
+    const sentAt = ear.beats.map((beat) => beat.sentAtMs);
+    const longest = Math.max(...sentAt.slice(1).map((at, i) => at - sentAt[i]));
+    assertLess(longest, FLEET_LIMITS.deadAfterMs);
 
     // NATS goes and comes back: whoever is heard first, the worker is found and goes on.
     await server.restart();
