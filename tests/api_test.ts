@@ -537,6 +537,7 @@ Deno.test("with keys set, everything but health and the empty page needs one", a
     assertEquals(await status(path), 401);
     assertEquals(await status(path, "Bearer first-ke"), 401);
     assertEquals(await status(path, "Basic first-key"), 401);
+    assertEquals(await status(path, "Bearer first-key"), 200);
     assertEquals(await status(path, "Bearer second-key"), 200);
   }
   for (const path of ["/", "/monitor/page.js", "/healthz", "/readyz"]) {
