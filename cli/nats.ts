@@ -7,6 +7,7 @@
  *
  * @module
  */
+import { resolve } from "node:path";
 import { FleetError } from "../shared/errors.ts";
 import { type ParsedFlags, parseFlags, runCommand } from "../shared/flags.ts";
 import { natsServerConfig, passwordConfig } from "../shared/nats_config.ts";
@@ -95,7 +96,7 @@ export async function prepare(flags: Flags): Promise<Prepared> {
         "--workers, so that credentials are asked for",
     );
   }
-  const dir = flags.dir ?? defaultDirectory();
+  const dir = resolve(flags.dir ?? defaultDirectory());
   const config = natsServerConfig({
     prefix: flags.prefix,
     websocket,
