@@ -132,8 +132,8 @@ async function main(): Promise<void> {
   const link = await Promise.race([connectNats(nats), over.promise.then(() => null)]);
   if (!link) Deno.exit(0);
   link.bus.onStatus((status) => {
-    log(`NATS: ${status}`);
-    if (status === "closed") over.resolve(new FleetError("nats", "The NATS connection is closed"));
+    if (status !== "closed") return log(`NATS: ${status}`);
+    over.resolve(new FleetError("nats", "The NATS connection is closed"));
   });
   const gpu = new GpuClient(), transfer = new TransferClient();
   const held: Holdings = { link, gpu, transfer, worker: null };
@@ -143,10 +143,15 @@ async function main(): Promise<void> {
     // What else may fail a stage leaves the GPU as it was, for the next plan.
     if (error.code === "gpu") over.resolve(error);
   };
-  join(held, values, self, onFailure).catch((error) => over.resolve(toFleetError(error)));
-  const failure = await over.promise;
-  await leave(held, failure);
-  if (failure) throw failure;
+  join(held, values, self, onFailure).catch(over.reject);
+  try {
+    const failure = await over.promise;
+    if (failure) throw failure;
+  } catch (error) {
+    await leave(held, toFleetError(error));
+    throw error;
+  }
+  await leave(held, null);
   Deno.exit(0);
 }
 
