@@ -39,6 +39,14 @@ export function checkBatch(spec: StageSpec, batch: StepBatch, hidden: Uint16Arra
       hidden?.length === elements,
       `it carries ${hidden?.length ?? 0} activations where ${elements} belong`,
     );
+    checkFinite(hidden);
+  }
+}
+
+/** Stages clamp what they send to float16's range; anything else would stay in the pages. */
+function checkFinite(hidden: Uint16Array): void {
+  for (let i = 0; i < hidden.length; i++) {
+    if ((hidden[i] & 0x7c00) === 0x7c00) must(false, `activation ${i} is not a finite number`);
   }
 }
 

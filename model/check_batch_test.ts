@@ -94,11 +94,16 @@ for (const [what, [change, says]] of Object.entries(BAD)) {
   });
 }
 
-Deno.test("refuses activations of the wrong size, where none belong, and where they are missing", () => {
+Deno.test("refuses activations of the wrong size, that are not finite, missing, or where none belong", () => {
   const later = { ...SPEC, first: false };
   const check = (spec: StageSpec, hidden: Uint16Array | null) => () =>
     checkBatch(spec, goodBatch(), hidden);
   assertThrows(check(SPEC, new Uint16Array(256)), FleetError, "takes no activations");
   assertThrows(check(later, null), FleetError, "0 activations where 256 belong");
   assertThrows(check(later, new Uint16Array(255)), FleetError, "255 activations");
+  for (const notFinite of [0x7c00, 0xfc00, 0x7e01]) {
+    const hidden = new Uint16Array(256);
+    hidden[200] = notFinite;
+    assertThrows(check(later, hidden), FleetError, "activation 200 is not a finite number");
+  }
 });

@@ -53,6 +53,8 @@ interface HeldPart {
 
 /** Bytes of an embedding table that are read and uploaded at a time. */
 const SLICE_BYTES = 16 * 2 ** 20;
+/** Slices after which we wait for the GPU, so that its staging memory stays small. */
+const SLICES_PER_FLUSH = 4;
 
 /** The parts that a GPU holds, by key: the digest of a part, or its name where there is one model. */
 export class WeightStore {
@@ -231,6 +233,7 @@ class PartLoader {
     const perSlice = Math.max(2, Math.floor(SLICE_BYTES / (2 * hiddenSize)) & ~1);
     const rowBytes = hiddenSize * DTYPE_BYTES[dtype];
     const pieces: EmbeddingPiece[] = [];
+    let slices = 0;
     for (let first = 0; first < vocabSize; first += perPiece) {
       const tokens = Math.min(perPiece, vocabSize - first);
       const buffer = await this.#buffer(name, tokens * hiddenSize * 2);
@@ -239,10 +242,17 @@ class PartLoader {
         const stored = await this.#tensors.read(name, (first + at) * rowBytes, rows * rowBytes);
         const slice = toFloat16(name, dtype, stored, (first + at) * hiddenSize);
         this.#gpu.write(buffer, at * hiddenSize * 2, slice);
+        if (++slices % SLICES_PER_FLUSH === 0) await this.#flush();
       }
       pieces.push({ buffer, firstToken: first, tokens });
     }
     return { pieces };
+  }
+
+  async #flush(): Promise<void> {
+    this.#gpu.device.queue.submit([]);
+    await this.#gpu.device.queue.onSubmittedWorkDone();
+    this.#gpu.check();
   }
 
   async #buffer(name: string, bytes: number): Promise<GPUBuffer> {
