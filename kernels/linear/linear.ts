@@ -264,17 +264,18 @@ async function planPrefill(
 ): Promise<PrefillPlan> {
   const { gpu, label, matrix, step, input, output, store, maxRows } = options;
   const { order, format } = matrix;
+  const workgroupBytes = gpu.limits.maxComputeWorkgroupStorageSize;
   const code = order.kind === "code" && format !== null ? { format, order } : null;
   const bindings = code ? CODE_PREFILL_BINDINGS : DENSE_PREFILL_BINDINGS;
   const pipelines: PrefillPlan["pipelines"] = [];
   for (const tile of variant.prefillTiles) {
     if (prefillThreads(tile) > gpu.limits.maxComputeInvocationsPerWorkgroup) continue;
-    if (prefillBytes({ tile, code }) > gpu.limits.maxComputeWorkgroupStorageSize) continue;
+    if (prefillBytes({ tile, code }) > workgroupBytes) continue;
     pipelines.push({
       tile,
       pipeline: await gpu.pipeline({
         label: `${label} prefill`,
-        code: prefillWgsl({ tile, code, unroll: variant.unroll, store }),
+        code: prefillWgsl({ tile, code, unroll: variant.unroll, workgroupBytes, store }),
         bindings,
       }),
     });

@@ -10,7 +10,7 @@
 import type { CodeGemmFormat } from "../../shared/model_config.ts";
 import type { LinearStore } from "../kernel.ts";
 import type { CodeOrder } from "./order.ts";
-import { DENSE_K_ALIGN, DENSE_OCTET, DENSE_ROW_BLOCK } from "./order.ts";
+import { DENSE_K_ALIGN, DENSE_OCTET, DENSE_ROW_BLOCK, gcd } from "./order.ts";
 import { HEADER_WGSL, putWgsl, spread, times } from "./wgsl.ts";
 
 /** The tile of outputs of a workgroup. None of this changes a bit of the result. */
@@ -29,6 +29,8 @@ export interface PrefillKernel {
   code: { format: CodeGemmFormat; order: CodeOrder } | null;
   /** Straight code where the tiles are loaded. */
   unroll: boolean;
+  /** Workgroup memory that may be used. */
+  workgroupBytes: number;
   store: LinearStore;
 }
 
@@ -61,7 +63,7 @@ export function prefillWgsl(kernel: PrefillKernel): string {
   const quads = Math.ceil(depth / 4);
   const weights = kernel.code === null
     ? denseTile(tile, threads, unroll)
-    : codeTile(kernel.code, tile, threads, depth, unroll);
+    : codeTile(kernel, kernel.code, threads, depth);
   const products = times(
     4,
     (e) =>
@@ -108,10 +110,13 @@ ${weights.prologue}
       var v = vec4<f16>(0.0h);
       if (row < rows) {
         let at = params.x_offset + (range_start() + row) * params.x_stride + k;
-        if (k < params.k) { v.x = x[at]; }
-        if (k + 1u < params.k) { v.y = x[at + 1u]; }
-        if (k + 2u < params.k) { v.z = x[at + 2u]; }
-        if (k + 3u < params.k) { v.w = x[at + 3u]; }
+        if (k + 3u < params.k) {
+          v = vec4<f16>(x[at], x[at + 1u], x[at + 2u], x[at + 3u]);
+        } else {
+          if (k < params.k) { v.x = x[at]; }
+          if (k + 1u < params.k) { v.y = x[at + 1u]; }
+          if (k + 2u < params.k) { v.z = x[at + 2u]; }
+        }
       }
       tile_x[(i % ${quads}u) * ${tile.rows}u + i / ${quads}u] = v;`,
     )
@@ -174,17 +179,24 @@ function denseTile(tile: PrefillTile, threads: number, unroll: boolean): TileSou
 }
 
 function codeTile(
+  kernel: PrefillKernel,
   { format: { m, v }, order }: { format: CodeGemmFormat; order: CodeOrder },
-  tile: PrefillTile,
   threads: number,
   depth: number,
-  unroll: boolean,
 ): TileSource {
+  const { tile, unroll } = kernel;
   // A tile holds whole words, or one position of a word.
   const positions = depth >= 4 * v ? 4 : 1;
+  // Positions of a word that have one scale.
+  const shared = gcd(positions, order.scalePositions);
   const items = depth / (positions * v);
   const quads = Math.ceil(positions * v / 4);
   const vectors = v % 4 === 0;
+  // The codebooks stand in workgroup memory where there is room.
+  const local = prefillBytes(kernel) + m * 256 * v * 2 <= kernel.workgroupBytes;
+  const table = local ? "table" : "codebooks";
+  const type = vectors ? "vec4<f16>" : "f16";
+  const tableSize = m * 256 * (vectors ? v / 4 : v);
   const code = (k: number, position: number) => {
     const shift = positions === 4 ? `${8 * position}u` : `shift`;
     return `(${k * 256}u + ((word${k} >> ${shift}) & 255u))`;
@@ -195,22 +207,22 @@ function codeTile(
     const position = Math.floor(at / v);
     if (position >= positions) return "0.0";
     return `scale${position} * ` +
-      sum((k) => `f32(codebooks[${code(k, position)} * ${v}u + ${at % v}u])`);
+      sum((k) => `f32(${table}[${code(k, position)} * ${v}u + ${at % v}u])`);
   };
   const quadValue = (quad: number) => {
     const position = Math.floor(quad * 4 / v);
     return vectors
       ? `scale${position} * ` +
-        sum((k) =>
-          `vec4<f32>(codebooks[${code(k, position)} * ${v / 4}u + ${(quad * 4 % v) / 4}u])`
-        )
+        sum((k) => `vec4<f32>(${table}[${code(k, position)} * ${v / 4}u + ${(quad * 4 % v) / 4}u])`)
       : `vec4<f32>(${[0, 1, 2, 3].map((i) => element(quad * 4 + i)).join(", ")})`;
   };
   return {
     declarations: `@group(0) @binding(4) var<storage, read> codes: array<u32>;
-@group(0) @binding(5) var<storage, read> codebooks: array<${vectors ? "vec4<f16>" : "f16"}>;
-@group(0) @binding(6) var<storage, read> scales: array<f16>;`,
-    prologue: `  let word_count = params.k / ${4 * v}u;
+@group(0) @binding(5) var<storage, read> codebooks: array<${type}>;
+@group(0) @binding(6) var<storage, read> scales: array<f16>;
+${local ? `var<workgroup> table: array<${type}, ${tableSize}>;` : ""}`,
+    prologue: `${local ? spread(tableSize, threads, false, "table[i] = codebooks[i];") : ""}
+  let word_count = params.k / ${4 * v}u;
   let row_block = column0 / ${order.rowBlock}u;
   let in_block = column0 % ${order.rowBlock}u;
   let scale_block = row_block * (params.k / ${v * order.scalePositions}u);`,
@@ -231,13 +243,13 @@ ${
       }
 ${
         times(positions, (p) =>
-          `        let scale${p} = f32(scales[(scale_block + (position + ${p}u) / ${order.scalePositions}u) * ${order.rowBlock}u + in_block + column]);`)
+          p % shared === 0
+            ? `        let scale${p} = f32(scales[(scale_block + (position + ${p}u) / ${order.scalePositions}u) * ${order.rowBlock}u + in_block + column]);`
+            : `        let scale${p} = scale${p - p % shared};`)
       }
 ${
         times(quads, (quad) =>
-          `        tile_w[to + ${quad * tile.columns}u] = vec4<f16>(vec4<f16>(${
-            quadValue(quad)
-          }));`)
+          `        tile_w[to + ${quad * tile.columns}u] = vec4<f16>(${quadValue(quad)});`)
       }
       } else {
         for (var q = 0u; q < ${quads}u; q++) { tile_w[to + q * ${tile.columns}u] = vec4<f16>(); }

@@ -31,7 +31,15 @@ export function defaultVariant(software: boolean): Variant {
     denseRowsPerThread: software ? 4 : 1,
     turnK: 64,
     unroll: !software,
-    prefillTiles: [{ rows: 32, columns: 64, patchRows: software ? 8 : 4, patchColumns: 4 }],
+    prefillTiles: software
+      ? [
+        { rows: 8, columns: 64, patchRows: 8, patchColumns: 4 },
+        { rows: 64, columns: 64, patchRows: 8, patchColumns: 4 },
+      ]
+      : [
+        { rows: 32, columns: 64, patchRows: 4, patchColumns: 4 },
+        { rows: 64, columns: 64, patchRows: 8, patchColumns: 4 },
+      ],
   };
 }
 
