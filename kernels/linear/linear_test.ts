@@ -3,7 +3,8 @@ import type { CodeGemmFormat, TensorSource } from "../../shared/model_config.ts"
 import { randomInt, seededRandom } from "../../shared/random.ts";
 import { Gpu } from "../gpu.ts";
 import type { LinearStore } from "../kernel.ts";
-import { linearScratchBytes } from "./linear.ts";
+import { STEP_BYTES } from "../kernel.ts";
+import { createLinear, linearScratchBytes } from "./linear.ts";
 import { loadMatrix } from "./matrix.ts";
 import { DENSE_TILE_K } from "./order.ts";
 import { randomTensors } from "./random_tensors.ts";
@@ -19,6 +20,7 @@ import {
 import { bitsOf, randomActivations, runLinear, stepShape } from "./rig.ts";
 import type { Matrix, MatrixShape } from "./types.ts";
 import type { Variant } from "./variant.ts";
+import { defaultVariant } from "./variant.ts";
 
 /** `m2v8g128`, as formats are written. */
 function format(text: string): CodeGemmFormat {
@@ -205,6 +207,8 @@ Deno.test("a row's bits do not depend on its company, its place, the batch or th
             same(y, prefilled, 11 + decode + i, decode + i, `prefilled beside ${decode}`);
           }
         }
+        const tile = { rows: 16, columns: 32, patchRows: 4, patchColumns: 2 };
+        assertEquals(await run(0, rows, 0, { prefillTiles: [tile] }), prefilled);
         const variants: Partial<Variant>[] = [
           { batches: [1], turnK: 16 },
           { batches: [2] },
@@ -354,4 +358,35 @@ Deno.test("output rows run the decode kernels", () =>
       ranges: ["outputs"],
     });
     assertEquals(outputs.slice(0, 5 * 300), decoded);
+  }));
+
+Deno.test("every kernel that a GPU would run compiles at default limits", () =>
+  withGpu(async (gpu) => {
+    const variant = defaultVariant(false);
+    const profiles = ["codegemm", "dequantize"] as const;
+    for (const text of ["dense", "m1v4g128", "m2v8g128", "m8v8g128"]) {
+      const shape: MatrixShape = [1025, 1024];
+      const of = await makeCase(gpu, shape, text);
+      const buffers = [2048, 4100, linearScratchBytes(shape, of.format, 1)]
+        .map((bytes) => gpu.storage("buffer", bytes));
+      const step = gpu.buffer("step", STEP_BYTES, GPUBufferUsage.UNIFORM);
+      for (const decode of profiles) {
+        const linear = await createLinear({
+          gpu,
+          label: text,
+          matrix: of.matrix,
+          step,
+          input: { buffer: buffers[0], stride: 1024, offset: 0 },
+          output: { buffer: buffers[1], stride: 1025, offset: 0 },
+          store: "add-round",
+          maxRows: 8,
+          scratch: buffers[2],
+          ranges: ["decode", "prefill", "outputs"],
+          profile: { version: 1, decode },
+          variant,
+        });
+        linear.destroy();
+      }
+      of.matrix.destroy();
+    }
   }));

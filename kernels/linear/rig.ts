@@ -1,5 +1,5 @@
 /**
- * Runs one linear layer on given rows and reads the result: for tests.
+ * Runs one linear layer on given rows and reads the result: for tests and the self-test.
  *
  * @module
  */
