@@ -13,12 +13,9 @@
 import { DENSE_K_ALIGN, DENSE_OCTET, roundUp } from "./order.ts";
 
 /**
- * Copies columns `[from, from + columns)` of a row-major `(lines, total)` slice into tiles.
- *
- * One line holds one value for each row of N; a tile of a row block takes `rowBlock` values of every
- * line, line after line, `lineStep` lines apart in the tile.
- *
- * @param tiles per row block: where its part of the slice begins in `out`
+ * Copies rows of N `[from, from + rows)` of a slice of lines into tiles. A line holds one value for
+ * each row of N; the row blocks that it is cut into stand `blockStride` apart in `out`, and the lines
+ * of a row block `lineStride`.
  */
 export function tileLines<T extends Uint32Array | Uint16Array>(
   slice: T,
