@@ -35,7 +35,7 @@ Deno.test("imports run down only, and tests stand apart", async () => {
     for await (const file of sources(new URL(`${folder}/`, ROOT))) {
       const isTest = /_(test|bench)\.ts$/.test(file.pathname);
       // A unit test may use the fixtures in tests/, and what its folder may use.
-      const may = new Set([folder, ...allowed, ...(isTest ? ["tests"] : [])]);
+      const may = new Set([folder, ...allowed, ...(isTest ? ["tests", "deno.json"] : [])]);
       for (const target of importsOf(await Deno.readTextFile(file), file)) {
         if (!may.has(folderOf(target))) {
           wrong.push(`${file.pathname.slice(ROOT.pathname.length)} imports ${folderOf(target)}`);
