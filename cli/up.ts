@@ -210,10 +210,12 @@ async function startAll(
   }
   const url = `http://127.0.0.1:${apiPort}`;
   if (!await untilReady(url, fleet)) return;
+  const { data: [model] } = await (await fetch(`${url}/v1/models`)).json();
   console.log(
     `ready: ${url}/ shows the fleet; try: curl -N ${url}/v1/chat/completions ` +
       `-H 'content-type: application/json' -d '${
         JSON.stringify({
+          model: model.id,
           messages: [{ role: "user", content: "Tell me a story about a fox." }],
           stream: true,
         })

@@ -6,6 +6,7 @@
 import type { Gpu } from "../kernels/gpu.ts";
 import { StageModel } from "../model/stage_model.ts";
 import type { StageOutput, StageSteps } from "../model/stage_spec.ts";
+import { warmUp } from "../model/warm_up.ts";
 import { WeightStore } from "../model/weights.ts";
 import type { Clock } from "../shared/clock.ts";
 import type { StepBatch } from "../shared/frames.ts";
@@ -57,6 +58,12 @@ export class ModelLoader implements StageLoader<ReadablePart> {
     const model = await StageModel.load(this.#gpu, spec, this.#weights, ({ what }) => {
       if (what !== last) tell({ type: "line", line: last = what });
     });
+    try {
+      await warmUp(model, spec);
+    } catch (error) {
+      model.destroy();
+      throw error;
+    }
     return {
       runner: modelRunner(model, this.#clock),
       memoryBytes: model.memoryBytes,
