@@ -42,7 +42,7 @@ const COMMAND = {
 
 /** What runs on this machine, in the order it was started. */
 class LocalFleet {
-  readonly directory = Deno.makeTempDirSync({ prefix: "codegemm-fleet-" });
+  readonly directory = Deno.makeTempDirSync({ prefix: "codegemm-fleet-up-" });
   /** Resolves when something that the fleet cannot do without has ended, or on request. */
   readonly over: Promise<FleetError | null>;
   #children = new Set<Child>();

@@ -9,6 +9,7 @@ import type { StageOutput, StageSteps } from "../model/stage_spec.ts";
 import { warmUp } from "../model/warm_up.ts";
 import { WeightStore } from "../model/weights.ts";
 import type { Clock } from "../shared/clock.ts";
+import { FleetError } from "../shared/errors.ts";
 import type { StepBatch } from "../shared/frames.ts";
 import type { ModelConfig, PartName, TensorSource } from "../shared/model_config.ts";
 import type { AssignStage } from "../shared/protocol.ts";
@@ -64,12 +65,23 @@ export class ModelLoader implements StageLoader<ReadablePart> {
       model.destroy();
       throw error;
     }
+    const runner = modelRunner(model, this.#clock);
     return {
-      runner: modelRunner(model, this.#clock),
+      runner,
       memoryBytes: model.memoryBytes,
-      destroy: () => Promise.resolve(model.destroy()),
+      // Buffers that the GPU still works on must not be destroyed: that is an error of the device.
+      destroy: async () => {
+        await runner.drain();
+        model.destroy();
+      },
     };
   }
+}
+
+/** A runner that can be brought to rest. */
+export interface DrainableRunner extends StageRunner {
+  /** Takes no more steps; resolves when those it has are done. */
+  drain(): Promise<void>;
 }
 
 /**
@@ -77,10 +89,12 @@ export class ModelLoader implements StageLoader<ReadablePart> {
  * runs. Waiting for a step blocks the thread, so the mailbox is emptied before each wait: what has
  * arrived by then is queued on the GPU first.
  */
-export function modelRunner(model: StageSteps, clock: Clock): StageRunner {
+export function modelRunner(model: StageSteps, clock: Clock): DrainableRunner {
   let tail: Promise<unknown> = Promise.resolve();
   let freeAtMs = 0;
+  let draining = false;
   const run = async (batch: StepBatch, hidden: Uint16Array | null): Promise<RunnerOutput> => {
+    if (draining) throw new FleetError("cancelled", "The stage is being taken down");
     const submittedAtMs = clock.unixMs();
     const ticket = model.submit(batch, hidden);
     const turn = tail.then(async (): Promise<RunnerOutput> => {
@@ -93,7 +107,11 @@ export function modelRunner(model: StageSteps, clock: Clock): StageRunner {
     tail = turn.catch(() => {});
     return await turn;
   };
-  return { run };
+  const drain = async () => {
+    draining = true;
+    await tail;
+  };
+  return { run, drain };
 }
 
 /** Resolves after the messages that have arrived by now. Timers would wait a millisecond or more. */

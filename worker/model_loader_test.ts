@@ -1,10 +1,11 @@
-import { assert, assertEquals } from "@std/assert";
+import { assert, assertEquals, assertRejects } from "@std/assert";
 import { Gpu } from "../kernels/gpu.ts";
 import { StageChain } from "../model/stage_chain.ts";
 import type { StageOutput, StageSteps, Ticket } from "../model/stage_spec.ts";
 import { type RandomModel, randomModel, tinyConfig } from "../model/testing/random_model.ts";
 import { systemClock, VirtualClock } from "../shared/clock.ts";
 import { decodeFrame, encodeFrame } from "../shared/codec.ts";
+import { FleetError } from "../shared/errors.ts";
 import type { ResultFrame, StepBatch } from "../shared/frames.ts";
 import { MemoryHub } from "../shared/memory_bus.ts";
 import { stageParts } from "../shared/model_config.ts";
@@ -124,6 +125,29 @@ Deno.test("a loader keeps the parts that the next assignment names, and frees th
     await stage.destroy();
   }
   assertEquals(origins, [["cache"], ["gpu"], ["cache"], ["cache"]]);
+  gpu.close();
+});
+
+Deno.test("a stage that is taken down with steps on the GPU leaves the device as it was", async () => {
+  const gpu = await Gpu.open({ software: true });
+  const model = randomModel(tinyConfig(), 6);
+  const loader = new ModelLoader(gpu, systemClock);
+  const load = (epoch: number) => {
+    const assignment = half(model, epoch, 0);
+    const parts = assignment.parts.map(() => ({ from: "cache" as const, tensors: model }));
+    return loader.load(assignment, model.config, parts, () => {});
+  };
+  const step = batchOf([{ sequence: 0, position: 0, token: 1 }]);
+  const batch = { ...step, requests: [] };
+  const old = await load(1);
+  const running = [old.runner.run(batch, null), old.runner.run(batch, null)];
+  await old.destroy();
+  await Promise.all(running);
+  await assertRejects(() => old.runner.run(batch, null), FleetError, "taken down");
+  const next = await load(2);
+  await next.runner.run(batch, null);
+  await next.destroy();
+  gpu.check();
   gpu.close();
 });
 

@@ -1,0 +1,142 @@
+/**
+ * The fleet as people run it: `up` with real processes, a real nats-server, the real API.
+ *
+ * @module
+ */
+import { assert, assertEquals, assertMatch } from "@std/assert";
+import denoJson from "../deno.json" with { type: "json" };
+import { startChild, taskArgs } from "../cli/processes.ts";
+import { freePort } from "./nats_server.ts";
+
+const ROOT = new URL("../", import.meta.url).pathname;
+const MODEL = "story-16m-m2v4g128";
+
+interface UpFleet extends AsyncDisposable {
+  url: string;
+  lines: string[];
+  /** Ends it as Ctrl-C does; resolves with its exit code. */
+  interrupt(): Promise<number>;
+}
+
+/** Starts `up` and waits for its ready line. */
+async function startUp(...flags: string[]): Promise<UpFleet> {
+  const port = freePort();
+  const lines: string[] = [];
+  const { promise: ready, resolve } = Promise.withResolvers<void>();
+  const up = startChild({
+    name: "up",
+    command: Deno.execPath(),
+    args: [...taskArgs(denoJson.tasks, "up"), "--port", String(port), ...flags],
+    cwd: ROOT,
+    onLine: (_, line) => {
+      lines.push(line);
+      if (line.startsWith("ready: ")) resolve();
+    },
+  });
+  let over = false;
+  up.ended.then(() => over = true);
+  const interrupt = async () => {
+    if (!over) Deno.kill(up.pid, "SIGINT");
+    return (await up.ended).code;
+  };
+  await Promise.race([
+    ready,
+    up.ended.then(({ code }) => {
+      throw new Error(`up ended with ${code}:\n${lines.join("\n")}`);
+    }),
+  ]);
+  return {
+    url: `http://127.0.0.1:${port}`,
+    lines,
+    interrupt,
+    [Symbol.asyncDispose]: async () => void await interrupt(),
+  };
+}
+
+/** Streams one completion; its text and how it ended. */
+async function stream(url: string, body: object): Promise<{ text: string; end: string }> {
+  const response = await fetch(`${url}/v1/completions`, {
+    method: "POST",
+    headers: { "content-type": "application/json" },
+    body: JSON.stringify({ model: MODEL, stream: true, ...body }),
+  });
+  assertEquals(response.status, 200, response.ok ? "" : await response.text());
+  let text = "", end = "";
+  for (const line of (await response.text()).split("\n")) {
+    if (!line.startsWith("data: {")) continue;
+    const chunk = JSON.parse(line.slice("data: ".length));
+    assert(!chunk.error, JSON.stringify(chunk.error));
+    text += chunk.choices[0]?.text ?? "";
+    end = chunk.choices[0]?.finish_reason ?? end;
+  }
+  return { text, end };
+}
+
+/** The processes whose command line holds `word`. */
+async function processesWith(word: string): Promise<string[]> {
+  const found: string[] = [];
+  for await (const { name } of Deno.readDir("/proc")) {
+    if (!/^\d+$/.test(name)) continue;
+    const command = await Deno.readTextFile(`/proc/${name}/cmdline`).catch(() => "");
+    if (command.includes(word)) found.push(name);
+  }
+  return found;
+}
+
+Deno.test({
+  name:
+    "64 streaming clients at once on a fleet of two workers, one of which is killed, get what each gets alone",
+  ignore: Deno.build.os !== "linux",
+  async fn(t) {
+    await using fleet = await startUp("--workers", "2");
+    const natsUrl = fleet.lines.join("\n").match(/ws:\/\/127\.0\.0\.1:\d+/)![0];
+    const request = (client: number) => ({
+      prompt: ["Once upon a time", "The fox", '"Where is', "A little girl"][client % 4],
+      max_tokens: 6 + client % 3,
+      temperature: client % 2,
+      seed: client >> 2,
+    });
+
+    await t.step("all finish, and none is mixed up with another", async () => {
+      const together = await Promise.all(
+        Array.from({ length: 64 }, (_, client) => stream(fleet.url, request(client))),
+      );
+      assert(together.every(({ end }) => end === "length" || end === "stop"));
+      for (const client of [0, 1, 22, 63]) {
+        assertEquals(together[client], await stream(fleet.url, request(client)), `${client}`);
+      }
+    });
+
+    await t.step("a killed worker costs no stream a token", async () => {
+      const calm = await Promise.all([0, 1, 2, 3].map((c) => stream(fleet.url, longer(c))));
+      const streams = [0, 1, 2, 3].map((client) => stream(fleet.url, longer(client)));
+      const running = async () => (await (await fetch(`${fleet.url}/fleet`)).json()).load.running;
+      while (await running() < 4) await new Promise((resolve) => setTimeout(resolve, 20));
+      const [victim] = await processesWith(`${natsUrl}\0--name\0worker-2`);
+      Deno.kill(Number(victim), "SIGKILL");
+      assertEquals(await Promise.all(streams), calm);
+      const { events } = await (await fetch(`${fleet.url}/fleet`)).json();
+      assert(events.some(({ text }: { text: string }) => /worker-2 is lost/.test(text)));
+    });
+
+    await t.step("Ctrl-C ends it all, and leaves nothing behind", async () => {
+      assert((await processesWith(natsUrl)).length > 0);
+      assertEquals(await fleet.interrupt(), 0);
+      assertEquals(await processesWith(natsUrl), []);
+      assertEquals(await processesWith("codegemm-fleet-up-"), []);
+    });
+
+    function longer(client: number) {
+      return { ...request(client), max_tokens: 24 };
+    }
+  },
+});
+
+Deno.test("up says in one line what it cannot do", async () => {
+  const { stderr, code } = await new Deno.Command(Deno.execPath(), {
+    args: [...taskArgs(denoJson.tasks, "up"), "--workers", "0"],
+    cwd: ROOT,
+  }).output();
+  assertEquals(code, 2);
+  assertMatch(new TextDecoder().decode(stderr), /^error: --workers takes 1 to 32, not 0;[^\n]*\n$/);
+});
