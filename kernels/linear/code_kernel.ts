@@ -26,6 +26,8 @@ export interface CodeKernel {
   turnPositions: number;
   /** Every position of a turn as code of its own, or loops. */
   unroll: boolean;
+  /** Rows of the input begin at multiples of 4 elements, so it is bound as vectors of 4 (unrolled). */
+  vectorInput: boolean;
   /** Workgroup memory that may be used. */
   workgroupBytes: number;
   target: Target;
@@ -53,13 +55,21 @@ export function turnPositions(order: CodeOrder, v: number, wantedK: number): num
 /** Whether workgroup memory holds a Psumbook at least, or the activations of two turns. */
 export function codeKernelFits(kernel: CodeKernel): boolean {
   return kernel.family === "codegemm"
-    ? psumbooksPerStage(kernel) >= 1
+    ? (kernel.unroll ? psumbooksPerHalf(kernel) : psumbooksPerStage(kernel)) >= 1
     : 2 * activationBytes(kernel) <= kernel.workgroupBytes;
 }
 
 /** Bytes of the activations of one turn. */
 export function activationBytes({ turnPositions, format, batch }: CodeKernel): number {
   return turnPositions * format.v * 2 * batch;
+}
+
+/** How many Psumbooks fit into each of two halves of workgroup memory. */
+export function psumbooksPerHalf(
+  { workgroupBytes, batch, turnPositions, format }: CodeKernel,
+): number {
+  const fit = Math.floor(workgroupBytes / (2 * 256 * 2 * batch));
+  return Math.min(fit, Math.ceil(turnPositions * format.m / 2));
 }
 
 /** How many Psumbooks, of one position and codebook each, stand in workgroup memory at a time. */

@@ -9,77 +9,144 @@ import {
   activationBytes,
   addGroup,
   loadActivations,
-  psumbooksPerStage,
+  psumbooksPerHalf,
   splat,
   sumVariables,
 } from "./code_kernel.ts";
-import { gcd } from "./order.ts";
+import { gcd, roundUp } from "./order.ts";
 import type { BatchLanes } from "./wgsl.ts";
 import { spread, times } from "./wgsl.ts";
 
-/** Psumbooks of as many positions as fit are made in workgroup memory, then gathered from. */
+/**
+ * Psumbooks are made in one half of the workgroup's books while the other half is gathered from, so
+ * that one barrier a stage is enough: a half is written again only after everyone has passed the
+ * barrier behind its last gather. Each Psumbook is an array of its own, indexed by the code alone,
+ * which compilers can see to be within bounds.
+ */
 export function unrolledPsumbook(kernel: CodeKernel, lanes: BatchLanes): CodeBody {
-  const { format: { m, v }, order, threads, rowsPerThread } = kernel;
-  const stage = psumbooksPerStage(kernel);
+  const { format: { m }, order, threads, rowsPerThread } = kernel;
   const entries = Array.from({ length: kernel.turnPositions * m }, (_, e) => ({
     position: Math.floor(e / m),
     codebook: e % m,
-    slot: e % stage,
   }));
-  const parts = [loadWords(kernel), loadScales(kernel), loadActivations(kernel, lanes, "")];
-  for (let from = 0; from < entries.length; from += stage) {
-    const staged = entries.slice(from, from + stage);
-    // The last stage's gathers are done, and the activations are there.
+  // An even number of stages, so that every turn begins with the same half.
+  const stages = roundUp(Math.ceil(entries.length / psumbooksPerHalf(kernel)), 2);
+  const perStage = Math.ceil(entries.length / stages);
+  const book = (stage: number, slot: number, j: number) => `book${stage % 2}_${slot}_${j}`;
+  const parts = [loadWords(kernel), loadScales(kernel)];
+  for (let stage = 0; stage < stages; stage++) {
+    const staged = entries.slice(stage * perStage, (stage + 1) * perStage);
+    parts.push(fillStage(kernel, lanes, staged, (slot, j) => book(stage, slot, j)));
     parts.push("workgroupBarrier();");
-    for (let k = 0; k < m; k++) {
-      const own = staged.filter((entry) => entry.codebook === k);
-      if (own.length === 0) continue;
-      const fill = own.map((entry) => fillEntry(entry, v, lanes)).join("\n");
-      parts.push(spread(256, threads, true, `${loadCentroid(v, k)}\n${fill}`));
-    }
-    parts.push("workgroupBarrier();");
-    for (const { position, codebook, slot } of staged) {
+    for (const [slot, { position, codebook }] of staged.entries()) {
       const opens = position % order.groupPositions === 0 && codebook === 0;
       const closes = (position + 1) % order.groupPositions === 0 && codebook === m - 1;
       for (let r = 0; r < rowsPerThread; r++) {
-        parts.push(`{ let at = ${slot * 256}u + ${codeOf(position, codebook, r)};`);
+        parts.push(`{ let at = ${codeOf(position, codebook, r)};`);
         for (let j = 0; j < lanes.vectors; j++) {
-          parts.push(`sum${r}_${j} ${opens ? "=" : "+="} book${j}[at];`);
+          parts.push(`sum${r}_${j} ${opens ? "=" : "+="} ${book(stage, slot, j)}[at];`);
           if (closes) parts.push(addGroup(lanes, scaleOf(kernel, position, r), r, j));
         }
         parts.push("}");
       }
     }
   }
+  const books = [0, 1].flatMap((stage) =>
+    Array.from(
+      { length: perStage },
+      (_, slot) =>
+        times(
+          lanes.vectors,
+          (j) => `var<workgroup> ${book(stage, slot, j)}: array<${lanes.type("f16")}, 256>;`,
+        ),
+    )
+  );
+  const sets = Math.max(1, 256 / threads);
   return {
-    declarations: times(
-      lanes.vectors,
-      (j) =>
-        `var<workgroup> book${j}: array<${lanes.type("f16")}, ${stage * 256}>;\n` +
-        `var<workgroup> activations${j}: array<${lanes.type("f16")}, ${kernel.turnPositions * v}>;`,
-    ),
-    prologue: sumVariables(kernel, lanes),
+    declarations: books.join("\n"),
+    prologue: sumVariables(kernel, lanes) + "\n" +
+      times(sets, (s) => times(m, (k) => loadCentroid(kernel, k, s))),
     turn: parts.join("\n"),
   };
 }
 
+/** A stage's Psumbooks. With more than 256 threads, each 256 of them make a share of the positions. */
+function fillStage(
+  kernel: CodeKernel,
+  lanes: BatchLanes,
+  staged: { position: number; codebook: number }[],
+  book: (slot: number, j: number) => string,
+): string {
+  const { threads, format: { v } } = kernel;
+  const teams = Math.max(1, threads / 256);
+  const sets = Math.max(1, 256 / threads);
+  const perTeam = Math.ceil(staged.length / teams);
+  return times(teams, (team) => {
+    const own = staged.slice(team * perTeam, (team + 1) * perTeam);
+    if (own.length === 0) return "";
+    const fill = own.map(({ position, codebook }, i) => {
+      const slot = team * perTeam + i;
+      const load = i === 0 || own[i - 1].position !== position
+        ? loadActivation(kernel, position)
+        : "";
+      return load +
+        times(
+          sets,
+          (s) =>
+            fillEntry(
+              kernel,
+              lanes,
+              { position, codebook, set: s },
+              (j) => `${book(slot, j)}[entry${s}]`,
+            ),
+        );
+    }).join("\n");
+    return teams === 1 ? `{\n${fill}\n}` : `if (lane / 256u == ${team}u) {\n${fill}\n}`;
+  });
+}
+
+/** The activations of a position, float32: `a<row>_<element>_<position>`. */
+function loadActivation(
+  { batch, format: { v }, turnPositions, vectorInput }: CodeKernel,
+  position: number,
+): string {
+  return times(batch, (b) => {
+    const at = `x${b} + turn * ${turnPositions * v}u + ${position * v}u`;
+    if (!vectorInput) return times(v, (e) => `let a${b}_${e}_${position} = f32(x[${at} + ${e}u]);`);
+    return times(
+      v / 4,
+      (q) =>
+        `let q${b}_${q}_${position} = vec4<f32>(x[(${at}) / 4u + ${q}u]);\n` +
+        times(
+          4,
+          (e) => `let a${b}_${4 * q + e}_${position} = q${b}_${q}_${position}.${"xyzw"[e]};`,
+        ),
+    );
+  }) + "\n";
+}
+
 /** One thread's entry of a Psumbook: the inner product of its centroid and the activations. */
 function fillEntry(
-  { position, slot }: { position: number; slot: number },
-  v: number,
+  { batch, format: { v } }: CodeKernel,
   lanes: BatchLanes,
+  { position, codebook, set }: { position: number; codebook: number; set: number },
+  target: (j: number) => string,
 ): string {
-  return times(lanes.vectors, (j) => {
-    const products = times(v, (e) => {
-      const activation = `${lanes.type("f32")}(activations${j}[${position * v + e}])`;
-      const centroid = splat(lanes, "f32", `c${e}`);
-      return e === 0
-        ? `p = ${activation} * ${centroid};`
-        : `p = fma(${activation}, ${centroid}, p);`;
-    });
-    return `{ var p: ${lanes.type("f32")};\n${products}\n` +
-      `book${j}[${slot * 256}u + i] = ${lanes.type("f16")}(p); }`;
-  });
+  const centroid = (e: number) =>
+    v % 4 === 0
+      ? `f32(c${codebook}_${set}_${e >> 2}.${"xyzw"[e & 3]})`
+      : `f32(c${codebook}_${set}_${e})`;
+  const chains = times(batch, (b) =>
+    `var p${b} = a${b}_0_${position} * ${centroid(0)};\n` +
+    Array.from({ length: v - 1 }, (_, e) =>
+      `p${b} = fma(a${b}_${e + 1}_${position}, ${centroid(e + 1)}, p${b});`).join("\n"));
+  const rows = (j: number) =>
+    Array.from({ length: lanes.lanes }, (_, l) => `f16(p${j * lanes.lanes + l})`).join(", ");
+  return `{ ${chains}\n` +
+    times(
+      lanes.vectors,
+      (j) => `${target(j)} = ${lanes.lanes === 1 ? rows(j) : `${lanes.type("f16")}(${rows(j)})`};`,
+    ) + " }";
 }
 
 /** A code gathers its centroid, which is multiplied with the activations. */
@@ -148,13 +215,14 @@ export function centroidType(v: number): string {
   return v % 4 === 0 ? "vec4<f16>" : "f16";
 }
 
-/** Centroid `i` of codebook `k` as float32 scalars c0, c1, ... */
-function loadCentroid(v: number, k: number): string {
-  const index = `(${k * 256}u + i)`;
-  if (v % 4 !== 0) return times(v, (e) => `let c${e} = f32(codebooks[${index} * ${v}u + ${e}u]);`);
-  return times(v / 4, (q) =>
-    `let q${q} = vec4<f32>(codebooks[${index} * ${v / 4}u + ${q}u]);\n` +
-    times(4, (e) => `let c${4 * q + e} = q${q}.${"xyzw"[e]};`));
+/** A thread's centroid of codebook `k`: `c<codebook>_<set>_<quad or element>`, for entry `entry<set>`. */
+function loadCentroid({ format: { v }, threads }: CodeKernel, k: number, set: number): string {
+  const count = v % 4 === 0 ? v / 4 : v;
+  return (k === 0 ? `let entry${set} = (lane + ${set * threads}u) & 255u;\n` : "") +
+    times(
+      count,
+      (e) => `let c${k}_${set}_${e} = codebooks[(${k * 256}u + entry${set}) * ${count}u + ${e}u];`,
+    );
 }
 
 /** Code words of the turn: `w<word>_<codebook>_<row quad>`. */

@@ -25,6 +25,7 @@ import { batchLanes, HEADER_WGSL, putWgsl, times } from "./wgsl.ts";
 /** The kernel's code; dispatched over (row blocks, splits, batches of rows). */
 export function codeKernelWgsl(kernel: CodeKernel): string {
   const { format, order, threads, rowsPerThread, batch, target, family, unroll } = kernel;
+  const vectorInput = unroll && family === "codegemm" && kernel.vectorInput;
   invariant(threads * rowsPerThread === order.rowBlock, "a workgroup covers a row block");
   invariant(codeKernelFits(kernel), "the kernel fits into workgroup memory");
   const lanes = batchLanes(batch);
@@ -35,7 +36,7 @@ export function codeKernelWgsl(kernel: CodeKernel): string {
   const body = make(kernel, lanes);
 
   return /* wgsl */ `${HEADER_WGSL}
-@group(0) @binding(2) var<storage, read> x: array<f16>;
+@group(0) @binding(2) var<storage, read> x: array<${vectorInput ? "vec4<f16>" : "f16"}>;
 @group(0) @binding(3) var<storage, read> codes: array<vec4<u32>>;
 @group(0) @binding(4) var<storage, read> codebooks: array<${
     unroll ? centroidType(format.v) : "f16"

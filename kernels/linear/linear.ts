@@ -233,7 +233,7 @@ async function planDecode(
 
 /** The decode kernel's code, or null when it does not fit into workgroup memory. */
 function decodeCode(options: LinearOptions, variant: Variant, batch: Batch, target: Target) {
-  const { gpu: { limits }, matrix: { order, format }, profile } = options;
+  const { gpu: { limits }, matrix: { order, format }, profile, input } = options;
   const workgroupBytes = limits.maxComputeWorkgroupStorageSize;
   if (order.kind === "dense") {
     return denseKernelBytes(batch) <= workgroupBytes
@@ -241,7 +241,8 @@ function decodeCode(options: LinearOptions, variant: Variant, batch: Batch, targ
       : null;
   }
   invariant(format !== null, "a code order has a format");
-  const perThread = rowsPerThread(order);
+  const perThread = variant.codeRowsPerThread ?? rowsPerThread(order);
+  const vectorInput = input.stride % 4 === 0 && input.offset % 4 === 0 && format.v % 4 === 0;
   const kernel: CodeKernel = {
     family: profile.decode,
     format,
@@ -250,6 +251,7 @@ function decodeCode(options: LinearOptions, variant: Variant, batch: Batch, targ
     turnPositions: turnPositions(order, format.v, variant.turnK),
     unroll: variant.unroll,
     rowsPerThread: perThread,
+    vectorInput,
     batch,
     workgroupBytes,
     target,

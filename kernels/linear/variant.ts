@@ -16,6 +16,8 @@ export interface Variant {
   batches: readonly Batch[];
   /** K that a CodeGEMM decode kernel takes at a turn. */
   turnK: number;
+  /** Rows of N that a thread of a CodeGEMM decode kernel holds; by default as many as fit 256 threads. */
+  codeRowsPerThread?: 4 | 8 | 16;
   /** Straight code in place of loops: faster on a GPU, many seconds to compile for a CPU. */
   unroll: boolean;
   /** Rows of N that a thread of a dense decode kernel holds. */
