@@ -43,6 +43,7 @@ async function ask(url: string): Promise<void> {
       method: "POST",
       headers: { "content-type": "application/json" },
       body: JSON.stringify({
+        model: "simulated",
         prompt: [1, 2, 3 + client],
         max_tokens: TOKENS,
         stream: true,

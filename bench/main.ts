@@ -1,0 +1,81 @@
+/**
+ * `deno task bench NAME`: every benchmark of the project by its name, each in a process of its own.
+ *
+ * @module
+ */
+import denoJson from "../deno.json" with { type: "json" };
+import { FleetError } from "../shared/errors.ts";
+import { runCommand } from "../shared/flags.ts";
+
+/** A benchmark: a program, or a file for `deno bench`. */
+interface Benchmark {
+  file: string;
+  runner: "run" | "bench";
+  /** What it measures, for the list. */
+  what: string;
+}
+
+const BENCHMARKS: Record<string, Benchmark> = {
+  wire: {
+    file: "shared/nats_bus_bench.ts",
+    runner: "run",
+    what: "a frame's way through a real nats-server on loopback",
+  },
+  codec: {
+    file: "shared/codec_bench.ts",
+    runner: "bench",
+    what: "encoding and decoding a frame",
+  },
+  scheduler: {
+    file: "coordinator/scheduler_bench.ts",
+    runner: "bench",
+    what: "scheduler, ledger and codec, per token",
+  },
+  coordinator: {
+    file: "bench/coordinator_bench.ts",
+    runner: "run",
+    what: "CPU time of the coordinator's process per token, 8 clients over HTTP",
+  },
+  weights: {
+    file: "shared/weights_bench.ts",
+    runner: "run",
+    what: "weights into the object store and out of it",
+  },
+  sampling: {
+    file: "kernels/sampling/sampler_bench.ts",
+    runner: "bench",
+    what: "sampling over a vocabulary of 128256",
+  },
+  linear: {
+    file: "kernels/linear/linear_bench.ts",
+    runner: "run",
+    what: "the linear kernels (--shape 70b|8b|demo)",
+  },
+};
+
+function listing(): string {
+  const width = Math.max(...Object.keys(BENCHMARKS).map((name) => name.length)) + 2;
+  const lines = Object.entries(BENCHMARKS).map(([name, { what }]) =>
+    `  ${name.padEnd(width)}${what}`
+  );
+  return ["Usage: deno task bench NAME [flags]", "", ...lines].join("\n");
+}
+
+async function main(): Promise<void> {
+  const [name, ...flags] = Deno.args;
+  if (name === undefined || name === "--help") return console.log(listing());
+  const benchmark = BENCHMARKS[name];
+  if (!benchmark) throw new FleetError("bad-usage", `There is no benchmark ${name}\n${listing()}`);
+  // The very permissions of this task.
+  const permissions = denoJson.tasks.bench.split(/\s+/).filter((word) =>
+    word.startsWith("--allow")
+  );
+  const { file, runner } = benchmark;
+  const { code } = await new Deno.Command(Deno.execPath(), {
+    args: [runner, "-q", "--no-prompt", ...permissions, file, ...flags],
+    cwd: new URL("../", import.meta.url).pathname,
+  }).spawn().status;
+  Deno.exit(code);
+}
+
+if (import.meta.main) await runCommand(main);
