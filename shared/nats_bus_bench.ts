@@ -1,5 +1,6 @@
 /**
- * The wire, as a frame sees it: round trips between two processes over a real nats-server on loopback. One way is half of it. 16 KB is one row of activations of a 70B model.
+ * The wire, as a frame sees it: round trips between two processes over a real nats-server on
+ * loopback. One way is half of it. 16 KB is one row of activations of a 70B model.
  *
  * @module
  */
