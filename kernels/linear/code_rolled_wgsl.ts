@@ -36,7 +36,7 @@ export function rolledPsumbook(kernel: CodeKernel, lanes: BatchLanes): CodeBody 
   const fill = `
       for (var c = lane; c < 256u; c += ${threads}u) {
         for (var k = 0u; k < ${m}u; k++) {
-          let centroid = (k * 256u + c) * ${v}u;
+          let centroid = ((book * ${m}u + k) * 256u + c) * ${v}u;
 ${times(inRegisters, (e) => `          let c${e} = f32(codebooks[centroid + ${e}u]);`)}
           // The stage's entries of codebook k.
           for (var entry = stage + (k + ${m}u - stage % ${m}u) % ${m}u; entry < stage_end; entry += ${m}u) {
@@ -115,8 +115,8 @@ export function rolledDequantize(kernel: CodeKernel, lanes: BatchLanes): CodeBod
 ${
     times(m, (k) =>
       times(rowsPerThread / 4, (t) =>
-        `      let at${k}_${t} = (${codesOf(kernel, `${k}u`, t)} + vec4<u32>(${
-          k * 256
+        `      let at${k}_${t} = (${codesOf(kernel, `${k}u`, t)} + vec4<u32>(${k * 256}u + book * ${
+          m * 256
         }u)) * ${v}u;`))
   }
       for (var e = 0u; e < ${v}u; e++) {

@@ -157,6 +157,7 @@ export function unrolledDequantize(kernel: CodeKernel, lanes: BatchLanes): CodeB
   // The codebooks stand in workgroup memory where there is room.
   const local = m * 256 * v * 2 + 2 * activationBytes(kernel) <= kernel.workgroupBytes;
   const table = local ? "table" : "codebooks";
+  const base = local ? "" : `book * ${m * 256}u + `;
   const parts = [
     loadWords(kernel),
     loadScales(kernel),
@@ -171,7 +172,7 @@ export function unrolledDequantize(kernel: CodeKernel, lanes: BatchLanes): CodeB
     for (let r = 0; r < rowsPerThread; r++) {
       parts.push("{");
       for (let k = 0; k < m; k++) {
-        parts.push(`let at${k} = (${k * 256}u + ${codeOf(position, k, r)}) * ${vectors}u;`);
+        parts.push(`let at${k} = (${base}${k * 256}u + ${codeOf(position, k, r)}) * ${vectors}u;`);
       }
       for (let e = 0; e < v; e++) {
         const single = v % 4 !== 0;
@@ -205,7 +206,9 @@ export function unrolledDequantize(kernel: CodeKernel, lanes: BatchLanes): CodeB
       (j) => `var<workgroup> activations${j}: array<${lanes.type("f16")}, ${2 * count}>;`,
     ) + (local ? `\nvar<workgroup> table: array<${centroidType(v)}, ${tableSize}>;` : ""),
     prologue: sumVariables(kernel, lanes) +
-      (local ? "\n" + spread(tableSize, threads, true, "table[i] = codebooks[i];") : ""),
+      (local
+        ? "\n" + spread(tableSize, threads, true, `table[i] = codebooks[book * ${tableSize}u + i];`)
+        : ""),
     turn: parts.join("\n"),
   };
 }
@@ -216,12 +219,13 @@ export function centroidType(v: number): string {
 }
 
 /** A thread's centroid of codebook `k`: `c<codebook>_<set>_<quad or element>`, for entry `entry<set>`. */
-function loadCentroid({ format: { v }, threads }: CodeKernel, k: number, set: number): string {
+function loadCentroid({ format: { m, v }, threads }: CodeKernel, k: number, set: number): string {
   const count = v % 4 === 0 ? v / 4 : v;
   return (k === 0 ? `let entry${set} = (lane + ${set * threads}u) & 255u;\n` : "") +
     times(
       count,
-      (e) => `let c${k}_${set}_${e} = codebooks[(${k * 256}u + entry${set}) * ${count}u + ${e}u];`,
+      (e) =>
+        `let c${k}_${set}_${e} = codebooks[((book * ${m}u + ${k}u) * 256u + entry${set}) * ${count}u + ${e}u];`,
     );
 }
 

@@ -55,6 +55,7 @@ fn main(
 ) {
   let block = workgroup.x;
   let split = workgroup.y;
+  let book = book_of(block);
   let rows = range_rows();
   let first = params.row_base + workgroup.z * ${batch}u;
   if (first >= rows) { return; }

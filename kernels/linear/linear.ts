@@ -353,6 +353,8 @@ class Uniforms {
       row_cap: at.row_cap,
       partial_stride: roundUp(matrix.n, matrix.order.rowBlock),
       range: RANGE_CODES[at.range],
+      book_1: firstBlock(matrix, 1, block),
+      book_2: firstBlock(matrix, 2, block),
     };
     const offset = this.#stride * this.#count++;
     this.#words.set(PARAM_WORDS.map((word) => params[word]), offset / 4);
@@ -362,6 +364,12 @@ class Uniforms {
   upload(gpu: Gpu): void {
     gpu.write(this.buffer, 0, this.#words);
   }
+}
+
+/** The row block of a binding block where a member of a stack begins. */
+function firstBlock({ members, order }: Matrix, member: number, block: MatrixBlock): number {
+  if (member >= members.length) return 0xffffffff;
+  return Math.max(0, (members[member].start - block.start) / order.rowBlock);
 }
 
 function bindGroup(

@@ -11,7 +11,7 @@ import type { Gpu } from "../gpu.ts";
 import { toFloat16 } from "./float16.ts";
 import { denseStoredK, tileDenseRows, tileLines } from "./layout.ts";
 import type { Tuning } from "./order.ts";
-import { checkFormat, codeOrder, DEFAULT_TUNING, denseOrder, roundUp } from "./order.ts";
+import { canStack, checkFormat, codeOrder, DEFAULT_TUNING, denseOrder, roundUp } from "./order.ts";
 import type { Matrix, MatrixBlock, MatrixShape } from "./types.ts";
 
 /** Bytes of a checkpoint held at a time. */
@@ -45,7 +45,7 @@ export function loadMatrix(
   options: LoadOptions = {},
 ): Promise<Matrix> {
   return format !== null && tensors.has(`${name}.codes`)
-    ? loadCodes(gpu, tensors, name, shape, format, options)
+    ? loadStack(gpu, tensors, name, [{ name, n: shape[0] }], shape[1], format, options)
     : loadDense(gpu, tensors, name, shape, options);
 }
 
@@ -58,11 +58,9 @@ async function loadDense(
 ): Promise<Matrix> {
   const [n, k] = shape;
   const info = expectTensor(tensors, `${name}.weight`, ["F16", "BF16", "F32"], [n, k]);
-  const order = denseOrder(shape, options.tuning ?? DEFAULT_TUNING);
-  const { rowBlock } = order;
+  const matrix = await allocateDense(gpu, name, shape, options);
+  const { blocks, order: { rowBlock } } = matrix;
   const blockBytes = rowBlock * denseStoredK(k) * 2;
-  const blocks = await allocateBlocks(gpu, name, n, rowBlock, blockBytes, 0, options);
-  const matrix = makeMatrix(name, shape, null, order, blocks, null);
   await orDestroy(matrix, async () => {
     const writer = new Writer(gpu);
     const tile = new Uint16Array(blockBytes / 2);
@@ -86,59 +84,143 @@ async function loadDense(
   return matrix;
 }
 
-async function loadCodes(
+/** A dense matrix, allocated and zero. */
+export async function allocateDense(
+  gpu: Gpu,
+  name: string,
+  shape: MatrixShape,
+  options: LoadOptions = {},
+): Promise<Matrix> {
+  const [n, k] = shape;
+  const order = denseOrder(shape, options.tuning ?? DEFAULT_TUNING);
+  const blockBytes = order.rowBlock * denseStoredK(k) * 2;
+  const blocks = await allocateBlocks(gpu, name, n, order.rowBlock, blockBytes, 0, options);
+  return makeMatrix(name, shape, null, order, blocks, null);
+}
+
+/** One matrix of a stack. */
+export interface StackMember {
+  /** `model.layers.0.self_attn.q_proj` */
+  name: string;
+  /** Rows of N. */
+  n: number;
+}
+
+/** Whether {@linkcode loadStack} can make one matrix of these: all CodeGEMM, of fitting sizes. */
+export function isStackable(
+  tensors: TensorSource,
+  members: readonly StackMember[],
+  format: CodeGemmFormat | null,
+): boolean {
+  return format !== null && canStack(members.map(({ n }) => n)) &&
+    members.every(({ name }) => tensors.has(`${name}.codes`));
+}
+
+/**
+ * Loads matrices of one input as one matrix, their rows of N one after the other: one dispatch
+ * then serves them all. Each keeps its own codebooks. Errors as for {@linkcode loadMatrix}.
+ *
+ * @param name for messages and GPU captures
+ * @param members up to three that {@linkcode isStackable}
+ */
+export async function loadStack(
   gpu: Gpu,
   tensors: TensorSource,
   name: string,
-  shape: MatrixShape,
+  members: readonly StackMember[],
+  k: number,
   format: CodeGemmFormat,
-  options: LoadOptions,
+  options: LoadOptions = {},
 ): Promise<Matrix> {
-  checkFormat(name, shape, format);
-  const [n, k] = shape;
+  const sources = members.map((member) => {
+    const shape = [member.n, k] as const;
+    checkFormat(member.name, shape, format);
+    const { m, v, g } = format;
+    const of = member.name;
+    return {
+      n: member.n,
+      codes: expectTensor(tensors, `${of}.codes`, ["I32"], [m, k / (4 * v), member.n]),
+      books: expectTensor(tensors, `${of}.codebooks`, ["F16"], [m, 256, v]),
+      scales: expectTensor(tensors, `${of}.scales`, ["F16"], [k / g, member.n]),
+    };
+  });
   const { m, v, g } = format;
   const words = k / (4 * v);
   const groups = k / g;
-  const codes = expectTensor(tensors, `${name}.codes`, ["I32"], [m, words, n]);
-  const books = expectTensor(tensors, `${name}.codebooks`, ["F16"], [m, 256, v]);
-  const scales = expectTensor(tensors, `${name}.scales`, ["F16"], [groups, n]);
-  const order = codeOrder(shape, format, options.tuning ?? DEFAULT_TUNING);
-  const { rowBlock } = order;
+  const matrix = await allocateCodes(gpu, name, members.map(({ n }) => n), k, format, options);
+  const { blocks, order: { rowBlock } } = matrix;
+  await orDestroy(matrix, async () => {
+    const writer = new Writer(gpu);
+    for (const [i, { n, codes, books, scales }] of sources.entries()) {
+      const { start } = matrix.members[i];
+      const centroids = toFloat16(
+        await tensors.read(books.name, 0, books.bytes),
+        "F16",
+        books.name,
+      );
+      await writer.write(matrix.codebooks!, i * books.bytes, centroids);
+      const target = (buffers: GPUBuffer[]) => ({ blocks, buffers, start, n, rowBlock });
+      await streamLines(writer, words, m, 4, target(blocks.map((block) => block.weights)), {
+        read: async (plane, first, lines) => {
+          const at = (plane * words + first) * n * 4;
+          return asWords(await tensors.read(codes.name, at, lines * n * 4));
+        },
+        tile: (elements) => new Uint32Array(elements),
+      });
+      await streamLines(writer, groups, 1, 2, target(blocks.map((block) => block.scales!)), {
+        read: async (_plane, first, lines) =>
+          toFloat16(
+            await tensors.read(scales.name, first * n * 2, lines * n * 2),
+            "F16",
+            scales.name,
+          ),
+        tile: (elements) => new Uint16Array(elements),
+      });
+    }
+  });
+  return matrix;
+}
 
-  const centroids = toFloat16(await tensors.read(books.name, 0, books.bytes), "F16", books.name);
+/**
+ * A CodeGEMM matrix of a checked format, allocated and zero.
+ *
+ * @param members rows of N of each matrix of a stack
+ */
+export async function allocateCodes(
+  gpu: Gpu,
+  name: string,
+  members: readonly number[],
+  k: number,
+  format: CodeGemmFormat,
+  options: LoadOptions = {},
+): Promise<Matrix> {
+  const { m, v, g } = format;
+  const n = members.reduce((sum, rows) => sum + rows, 0);
+  const order = codeOrder([n, k], format, options.tuning ?? DEFAULT_TUNING, members);
+  const weightBytes = order.rowBlock * (k / (4 * v)) * m * 4;
+  const scaleBytes = order.rowBlock * (k / g) * 2;
   const blocks = await allocateBlocks(
     gpu,
     name,
     n,
-    rowBlock,
-    rowBlock * words * m * 4,
-    rowBlock * groups * 2,
+    order.rowBlock,
+    weightBytes,
+    scaleBytes,
     options,
   );
-  const codebooks = await gpu.allocate(name, () => gpu.upload(`${name}.codebooks`, centroids));
-  const matrix = makeMatrix(name, shape, format, order, blocks, codebooks);
-  await orDestroy(matrix, async () => {
-    const writer = new Writer(gpu);
-    await streamLines(writer, n, rowBlock, words, m, 4, blocks.map((block) => block.weights), {
-      blocks,
-      read: async (plane, first, lines) => {
-        const at = (plane * words + first) * n * 4;
-        return asWords(await tensors.read(codes.name, at, lines * n * 4));
-      },
-      tile: (elements) => new Uint32Array(elements),
-    });
-    await streamLines(writer, n, rowBlock, groups, 1, 2, blocks.map((block) => block.scales!), {
-      blocks,
-      read: async (_plane, first, lines) =>
-        toFloat16(
-          await tensors.read(scales.name, first * n * 2, lines * n * 2),
-          "F16",
-          scales.name,
-        ),
-      tile: (elements) => new Uint16Array(elements),
-    });
-  });
-  return matrix;
+  const bookBytes = members.length * m * 256 * v * 2;
+  const codebooks = await gpu.allocate(name, () => gpu.storage(`${name}.codebooks`, bookBytes));
+  return makeMatrix(name, [n, k], format, order, blocks, codebooks, members);
+}
+
+/** Rows of N `[start, start + n)` of a matrix's blocks; `start` begins a row block. */
+interface BlockRows {
+  blocks: readonly MatrixBlock[];
+  /** Of each block, what is written. */
+  buffers: readonly GPUBuffer[];
+  start: number;
+  n: number;
+  rowBlock: number;
 }
 
 /**
@@ -147,14 +229,11 @@ async function loadCodes(
  */
 async function streamLines<T extends Uint32Array<ArrayBuffer> | Uint16Array<ArrayBuffer>>(
   writer: Writer,
-  n: number,
-  rowBlock: number,
   lines: number,
   planes: number,
   elementBytes: number,
-  buffers: GPUBuffer[],
+  { blocks, buffers, start, n, rowBlock }: BlockRows,
   source: {
-    blocks: readonly MatrixBlock[];
     read(plane: number, first: number, lines: number): Promise<T>;
     tile(elements: number): T;
   },
@@ -167,15 +246,20 @@ async function streamLines<T extends Uint32Array<ArrayBuffer> | Uint16Array<Arra
       slices.push(await source.read(plane, first, count));
     }
     const stride = count * planes * rowBlock;
-    for (const [i, block] of source.blocks.entries()) {
-      const rowBlocks = Math.ceil(block.n / rowBlock);
+    for (const [i, block] of blocks.entries()) {
+      // The rows that this block and the tensor have in common.
+      const from = Math.max(start, block.start);
+      const rows = Math.min(start + n, block.start + block.n) - from;
+      if (rows <= 0) continue;
+      const rowBlocks = Math.ceil(rows / rowBlock);
+      const firstRowBlock = (from - block.start) / rowBlock;
       const out = source.tile(rowBlocks * stride);
       slices.forEach((slice, plane) =>
         tileLines(slice, out, {
           total: n,
           lines: count,
-          from: block.start,
-          rows: block.n,
+          from: from - start,
+          rows,
           rowBlock,
           blockStride: stride,
           lineStride: planes * rowBlock,
@@ -183,7 +267,7 @@ async function streamLines<T extends Uint32Array<ArrayBuffer> | Uint16Array<Arra
         })
       );
       for (let b = 0; b < rowBlocks; b++) {
-        const at = ((b * lines + first) * planes) * rowBlock * elementBytes;
+        const at = (((firstRowBlock + b) * lines + first) * planes) * rowBlock * elementBytes;
         await writer.write(
           buffers[i],
           at,
@@ -259,6 +343,7 @@ function makeMatrix(
   order: Matrix["order"],
   blocks: MatrixBlock[],
   codebooks: GPUBuffer | null,
+  members: readonly number[] = [n],
 ): Matrix {
   const buffers = [...blocks.flatMap((block) => [block.weights, block.scales]), codebooks]
     .filter((buffer) => buffer !== null);
@@ -269,6 +354,10 @@ function makeMatrix(
     format,
     order,
     blocks,
+    members: members.map((rows, i) => ({
+      start: members.slice(0, i).reduce((sum, before) => sum + before, 0),
+      n: rows,
+    })),
     codebooks,
     bytes: buffers.reduce((sum, buffer) => sum + buffer.size, 0),
     destroy: () => buffers.forEach((buffer) => buffer.destroy()),

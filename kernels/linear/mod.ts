@@ -4,8 +4,8 @@
  * @module
  */
 export { createLinear, linearScratchBytes } from "./linear.ts";
-export { loadMatrix, matrixBytes } from "./matrix.ts";
-export type { LoadOptions } from "./matrix.ts";
+export { isStackable, loadMatrix, loadStack, matrixBytes } from "./matrix.ts";
+export type { LoadOptions, StackMember } from "./matrix.ts";
 export { randomTensors } from "./random_tensors.ts";
 export type { Linear, LinearOptions, Matrix, MatrixBlock, MatrixShape } from "./types.ts";
 export { defaultVariant } from "./variant.ts";

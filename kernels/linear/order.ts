@@ -13,6 +13,8 @@ import type { MatrixShape } from "./types.ts";
 /** Consecutive K that may be summed in float16 (DESIGN). */
 const FLOAT16_SUM_K = 16;
 const ROW_BLOCK_STEP = 256;
+/** Matrices of a stack: q, k and v. */
+const MAX_MEMBERS = 3;
 
 /** What decides the order beside shape and format; a changed default is a new profile version. */
 export interface Tuning {
@@ -96,11 +98,21 @@ export function checkFormat(name: string, [n, k]: MatrixShape, format: CodeGemmF
   if (m > 16) refuse("more than 16 codebooks are not supported");
 }
 
-/** The order of a CodeGEMM matrix of a checked format. */
+/** Whether these matrices of N rows each can stand in one stack: row blocks must not straddle two. */
+export function canStack(members: readonly number[]): boolean {
+  return members.length <= MAX_MEMBERS && members.reduce(gcd) % ROW_BLOCK_STEP === 0;
+}
+
+/**
+ * The order of a CodeGEMM matrix of a checked format.
+ *
+ * @param members rows of N of each matrix of a stack ({@linkcode canStack}), together N
+ */
 export function codeOrder(
   [n, k]: MatrixShape,
   format: CodeGemmFormat,
   tuning: Tuning = DEFAULT_TUNING,
+  members: readonly number[] = [n],
 ): CodeOrder {
   const positions = k / format.v;
   const scalePositions = format.g / format.v;
@@ -115,7 +127,9 @@ export function codeOrder(
     1,
   );
   const blocks = Math.ceil(n / tuning.maxRowBlock);
-  const rowBlock = roundUp(Math.ceil(n / blocks), ROW_BLOCK_STEP);
+  const rowBlock = members.length === 1
+    ? roundUp(Math.ceil(n / blocks), ROW_BLOCK_STEP)
+    : largestDivisor(members.reduce(gcd), tuning.maxRowBlock, ROW_BLOCK_STEP);
   return {
     kind: "code",
     unitPositions,

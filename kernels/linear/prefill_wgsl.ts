@@ -199,7 +199,7 @@ function codeTile(
   const tableSize = m * 256 * (vectors ? v / 4 : v);
   const code = (k: number, position: number) => {
     const shift = positions === 4 ? `${8 * position}u` : `shift`;
-    return `(${k * 256}u + ((word${k} >> ${shift}) & 255u))`;
+    return `(${local ? "" : `book * ${m * 256}u + `}${k * 256}u + ((word${k} >> ${shift}) & 255u))`;
   };
   const sum = (load: (k: number) => string) =>
     `(${Array.from({ length: m }, (_, k) => load(k)).join(" + ")})`;
@@ -221,7 +221,8 @@ function codeTile(
 @group(0) @binding(5) var<storage, read> codebooks: array<${type}>;
 @group(0) @binding(6) var<storage, read> scales: array<f16>;
 ${local ? `var<workgroup> table: array<${type}, ${tableSize}>;` : ""}`,
-    prologue: `${local ? spread(tableSize, threads, false, "table[i] = codebooks[i];") : ""}
+    prologue: `let book = book_of(column0 / ${order.rowBlock}u);
+${local ? spread(tableSize, threads, false, `table[i] = codebooks[book * ${tableSize}u + i];`) : ""}
   let word_count = params.k / ${4 * v}u;
   let row_block = column0 / ${order.rowBlock}u;
   let in_block = column0 % ${order.rowBlock}u;

@@ -34,7 +34,9 @@ export interface Matrix {
   /** How sums over K are ordered; follows from shape and format. */
   readonly order: CodeOrder | DenseOrder;
   readonly blocks: readonly MatrixBlock[];
-  /** CodeGEMM only: `(m, 256, v)` float16. */
+  /** The matrices that this one is stacked from along N; one where it is not a stack. */
+  readonly members: readonly { start: number; n: number }[];
+  /** CodeGEMM only: `(members, m, 256, v)` float16. */
   readonly codebooks: GPUBuffer | null;
   /** Bytes of GPU memory, padding included. */
   readonly bytes: number;

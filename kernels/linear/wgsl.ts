@@ -35,6 +35,9 @@ export const PARAM_WORDS = [
   /** Elements of a row of partial sums. */
   "partial_stride",
   "range",
+  /** The row blocks of this binding block where the second and third matrix of a stack begin. */
+  "book_1",
+  "book_2",
 ] as const;
 
 /** Uniform bytes of one dispatch. */
@@ -60,6 +63,10 @@ fn range_rows() -> u32 {
     case ${RANGE_CODES.prefill}u: { return step.rows - step.decode_rows; }
     default: { return step.outputs; }
   }
+}
+// The matrix of a stack that a row block belongs to, and so its codebooks.
+fn book_of(block: u32) -> u32 {
+  return select(0u, 1u, block >= params.book_1) + select(0u, 1u, block >= params.book_2);
 }
 fn range_start() -> u32 {
   return select(0u, step.decode_rows, params.range == ${RANGE_CODES.prefill}u);
