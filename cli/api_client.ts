@@ -15,7 +15,7 @@ export const API_FLAGS = {
     help: "the coordinator's API",
   },
   "api-key-file": {
-    type: "string",
+    type: "path",
     env: "CODEGEMM_API_KEY_FILE",
     help: "file with the API key (or set CODEGEMM_API_KEY)",
   },

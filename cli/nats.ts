@@ -34,12 +34,12 @@ export const COMMAND = {
       help: "names of workers (a,b,c): each gets credentials, nobody else is let in",
     },
     dir: {
-      type: "string",
+      type: "path",
       env: "CODEGEMM_NATS_DIR",
       help: "where configuration, credentials and weights are kept",
     },
-    "tls-cert": { type: "string", env: "CODEGEMM_NATS_TLS_CERT", help: "certificate, PEM" },
-    "tls-key": { type: "string", env: "CODEGEMM_NATS_TLS_KEY", help: "its key, PEM" },
+    "tls-cert": { type: "path", env: "CODEGEMM_NATS_TLS_CERT", help: "certificate, PEM" },
+    "tls-key": { type: "path", env: "CODEGEMM_NATS_TLS_KEY", help: "its key, PEM" },
     "max-store": {
       type: "bytes",
       min: 2 ** 20,

@@ -31,7 +31,7 @@ const COMMAND = {
       help: "port of the API on 127.0.0.1; 0 takes a free one",
     },
     model: {
-      type: "string",
+      type: "path",
       env: "CODEGEMM_MODEL",
       help: "checkpoint directory; the embedded demo model by default",
     },

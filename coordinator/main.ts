@@ -33,7 +33,7 @@ const COMMAND = {
   summary: "Splits a model over the workers that join, and serves it as an OpenAI-compatible API.",
   flags: {
     model: {
-      type: "string",
+      type: "path",
       env: "CODEGEMM_MODEL",
       default: "models/story-16m-m2v4g128",
       help: "checkpoint directory in Hugging Face's layout",
@@ -52,11 +52,11 @@ const COMMAND = {
       help: "first token of the fleet's subjects",
     },
     credentials: {
-      type: "string",
+      type: "path",
       env: "CODEGEMM_NATS_CREDENTIALS",
       help: "file with what NATS asks for",
     },
-    ca: { type: "string", env: "CODEGEMM_NATS_CA", help: "file with NATS' certificate authority" },
+    ca: { type: "path", env: "CODEGEMM_NATS_CA", help: "file with NATS' certificate authority" },
     host: {
       type: "string",
       env: "CODEGEMM_HOST",
@@ -72,7 +72,7 @@ const COMMAND = {
       help: "port of the API",
     },
     "api-key-file": {
-      type: "string",
+      type: "path",
       env: "CODEGEMM_API_KEY_FILE",
       help: "file with one API key per line; required beyond loopback",
     },

@@ -4,6 +4,7 @@
  *
  * @module
  */
+import { resolve } from "node:path";
 import { parseArgs } from "node:util";
 import { FleetError } from "./errors.ts";
 
@@ -17,6 +18,8 @@ interface FlagBase {
 export type Flag =
   | FlagBase & { type: "boolean" }
   | FlagBase & { type: "string"; default?: string; required?: boolean }
+  /** What is given counts from where the task was called, a default from where it runs. */
+  | FlagBase & { type: "path"; default?: string; required?: boolean }
   | FlagBase & {
     /** `bytes` takes the units KiB, MiB, GiB and TiB ("22GiB"). */
     type: "integer" | "number" | "bytes";
@@ -36,7 +39,7 @@ export interface Command<F extends Record<string, Flag>> {
 
 type Sure = { required: true } | { default: string | number };
 type Value<F extends Flag> = F["type"] extends "boolean" ? boolean
-  : F["type"] extends "string" ? (F extends Sure ? string : string | undefined)
+  : F["type"] extends "string" | "path" ? (F extends Sure ? string : string | undefined)
   : (F extends Sure ? number : number | undefined);
 
 /** What a command line said. */
@@ -101,7 +104,10 @@ export function parseFlags<const F extends Record<string, Flag>>(
   const values: Record<string, unknown> = {};
   for (const [name, flag] of Object.entries(command.flags)) {
     const given = parsed.values[name] ?? (flag.env ? env(flag.env) || undefined : undefined);
-    values[name] = flagValue(command, name, flag, given as string | boolean | undefined);
+    const value = flagValue(command, name, flag, given as string | boolean | undefined);
+    values[name] = flag.type === "path" && given !== undefined
+      ? resolve(env("INIT_CWD") ?? ".", String(given))
+      : value;
   }
   if (command.positionals && !command.positionals.optional && parsed.positionals.length === 0) {
     throw usage(command, `${command.positionals.name} is missing`);
@@ -124,7 +130,7 @@ function flagValue<F extends Record<string, Flag>>(
     return undefined;
   }
   const text = String(given);
-  if (flag.type === "string") return text;
+  if (flag.type === "string" || flag.type === "path") return text;
   const [, digits, unit] = /^(-?[\d.]+)\s*([A-Za-z]*)$/.exec(text) ?? [];
   const scale = flag.type === "bytes" ? UNITS[unit ?? ""] : unit === "" ? 1 : undefined;
   const value = Number(digits) * (scale ?? NaN);

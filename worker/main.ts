@@ -58,7 +58,7 @@ const COMMAND = {
       help: "take a software adapter too (slow: for trying things)",
     },
     cache: {
-      type: "string",
+      type: "path",
       env: "CODEGEMM_CACHE",
       help: "directory of downloaded parts; by default $XDG_CACHE_HOME/codegemm-fleet",
     },
@@ -70,17 +70,17 @@ const COMMAND = {
       help: "bytes that the cache may hold",
     },
     model: {
-      type: "string",
+      type: "path",
       env: "CODEGEMM_MODEL",
       help: "a checkpoint on this machine, read in place of downloads",
     },
     credentials: {
-      type: "string",
+      type: "path",
       env: "CODEGEMM_NATS_CREDENTIALS",
       help: "file with what NATS asks for",
     },
     ca: {
-      type: "string",
+      type: "path",
       env: "CODEGEMM_NATS_CA",
       help: "file with NATS' certificate authority",
     },
