@@ -12,18 +12,17 @@ import type { TransformerShape } from "../kernels/transformer/mod.ts";
 /** The kernels of one transformer layer, bound to its weights and pages. */
 export interface LayerKernels {
   inputNorm: Kernel;
-  /** The three write into one buffer, side by side. */
-  queries: Linear;
-  keys: Linear;
-  values: Linear;
+  /** One stack of three matrices, or three that write into one buffer, side by side. */
+  queriesKeysValues: Linear[];
+  /** Of the rows whose q, k and v are stored: a stack finishes its decode rows itself. */
   rope: Kernel;
   decodeAttention: Kernel;
   prefillAttention: { encode(pass: GPUComputePassEncoder, step: TransformerShape): void };
   attentionOut: Linear;
   postNorm: Kernel;
-  /** The two write into one buffer, side by side. */
-  gate: Linear;
-  up: Linear;
+  /** One stack of two matrices, or two that write into one buffer, side by side. */
+  gateUp: Linear[];
+  /** Of the rows whose gate and up are stored. */
   swiglu: Kernel;
   down: Linear;
 }
@@ -65,17 +64,14 @@ export function forward(
 
   for (const layer of stage.layers) {
     layer.inputNorm.encode(pass, step); // x = norm(residual)
-    linear(layer.queries); // q, k, v = Wq x, Wk x, Wv x
-    linear(layer.keys);
-    linear(layer.values);
+    layer.queriesKeysValues.forEach(linear); // q, k, v = Wq x, Wk x, Wv x
     layer.rope.encode(pass, step); // q, k turned; k, v into the pages
     layer.decodeAttention.encode(pass, step); // a = softmax(q k / sqrt(d)) v
     layer.prefillAttention.encode(pass, step);
     linear(layer.attentionOut); // residual += Wo a
 
     layer.postNorm.encode(pass, step); // x = norm(residual)
-    linear(layer.gate); // g, u = Wgate x, Wup x
-    linear(layer.up);
+    layer.gateUp.forEach(linear); // g, u = Wgate x, Wup x
     layer.swiglu.encode(pass, step); // h = silu(g) u
     linear(layer.down); // residual = f16(residual + Wdown h)
   }

@@ -11,6 +11,7 @@ import {
   type Linear,
   linearScratchBytes,
   type Matrix,
+  type PairFinish,
 } from "../kernels/linear/mod.ts";
 import { createSampler } from "../kernels/sampling/mod.ts";
 import {
@@ -24,7 +25,9 @@ import {
   createRope,
   createSwiGlu,
   type HeadShape,
+  ropeFinish,
   type StepInputs,
+  swigluFinish,
 } from "../kernels/transformer/mod.ts";
 import type { HeadKernels, LayerKernels, StageKernels } from "./forward.ts";
 import type { LayerPages } from "./kv_cache.ts";
@@ -68,7 +71,12 @@ export async function bindStage(
   const head = spec.last ? weights.get("head", keyOf("head")) : null;
   const linears = new LinearBinder(parts);
   await linears.allocateScratch(
-    layerWeights.flatMap(({ linear }) => Object.values(linear)),
+    layerWeights.flatMap((layer) => [
+      ...layer.queriesKeysValues,
+      layer.attentionOut,
+      ...layer.gateUp,
+      layer.down,
+    ]),
     head?.projection ?? null,
   );
   const layers: LayerKernels[] = [];
@@ -152,40 +160,59 @@ async function bindLayer(
   const { hiddenSize: hidden, ffnSize: width, rmsNormEps: epsilon } = spec.config;
   const { residual, normed, qkv, attended, gateUp, gated, angles } = memory.buffers;
   const queryColumns = shape.heads * shape.headDim;
-  const keyColumns = shape.kvHeads * shape.headDim;
-  const qkvColumns = queryColumns + 2 * keyColumns;
-  const qkvFrom = (offset: number): RowsView => ({ buffer: qkv, stride: qkvColumns, offset });
-  const gateUpFrom = (offset: number): RowsView => ({ buffer: gateUp, stride: 2 * width, offset });
+  const qkvColumns = queryColumns + 2 * shape.kvHeads * shape.headDim;
   const normedRows = rowsOf(normed, hidden);
   const residualRows = rowsOf(residual, hidden);
-  const bind = (matrix: Matrix, input: RowsView, output: RowsView, store: LinearStore = "store") =>
-    linears.bind(matrix, input, output, store);
   const norm = (weight: GPUBuffer) =>
     createRmsNorm({ gpu, hidden, epsilon, residual, weight, normed });
   const attention = { gpu, inputs, shape, qkv, ...pages, attended };
-  const { linear } = weights;
+  const queriesKeysValues = await linears.bindSideBySide(
+    weights.queriesKeysValues,
+    normedRows,
+    { buffer: qkv, stride: qkvColumns, offset: 0 },
+    ropeFinish(shape, inputs, { angles, ...pages }),
+  );
+  const gateUpLinears = await linears.bindSideBySide(
+    weights.gateUp,
+    normedRows,
+    { buffer: gateUp, stride: 2 * width, offset: 0 },
+    swigluFinish(width, gated),
+  );
+  const storedRows = (linears: Linear[]) => linears[0].finishes ? "prefill" : "all";
   return {
     inputNorm: await norm(weights.inputNorm),
-    queries: await bind(linear["self_attn.q_proj"], normedRows, qkvFrom(0)),
-    keys: await bind(linear["self_attn.k_proj"], normedRows, qkvFrom(queryColumns)),
-    values: await bind(linear["self_attn.v_proj"], normedRows, qkvFrom(queryColumns + keyColumns)),
-    rope: await createRope({ gpu, inputs, shape, angles, qkv, ...pages }),
+    queriesKeysValues,
+    rope: await createRope({
+      gpu,
+      inputs,
+      shape,
+      angles,
+      qkv,
+      ...pages,
+      rows: storedRows(queriesKeysValues),
+    }),
     decodeAttention: await createDecodeAttention({
       ...attention,
       scratch: memory.attentionScratch,
     }),
     prefillAttention: await createPrefillAttention(attention),
-    attentionOut: await bind(
-      linear["self_attn.o_proj"],
+    attentionOut: await linears.bind(
+      weights.attentionOut,
       rowsOf(attended, queryColumns),
       residualRows,
       "add",
     ),
     postNorm: await norm(weights.postNorm),
-    gate: await bind(linear["mlp.gate_proj"], normedRows, gateUpFrom(0)),
-    up: await bind(linear["mlp.up_proj"], normedRows, gateUpFrom(width)),
-    swiglu: await createSwiGlu({ gpu, inputs, width, gateUp, gated }),
-    down: await bind(linear["mlp.down_proj"], rowsOf(gated, width), residualRows, "add-round"),
+    gateUp: gateUpLinears,
+    swiglu: await createSwiGlu({
+      gpu,
+      inputs,
+      width,
+      gateUp,
+      gated,
+      rows: storedRows(gateUpLinears),
+    }),
+    down: await linears.bind(weights.down, rowsOf(gated, width), residualRows, "add-round"),
   };
 }
 
@@ -207,8 +234,8 @@ class LinearBinder {
 
   async allocateScratch(layers: readonly Matrix[], projection: Matrix | null): Promise<void> {
     const { gpu, spec: { limits } } = this.#parts;
-    const scratchBytes = ({ n, k, format }: Matrix, maxRows: number) =>
-      linearScratchBytes([n, k], format, maxRows);
+    const scratchBytes = ({ n, k, format, order }: Matrix, maxRows: number) =>
+      linearScratchBytes([n, k], format, maxRows, order);
     const bytes = Math.max(
       ...layers.map((matrix) => scratchBytes(matrix, limits.maxRows)),
       projection ? scratchBytes(projection, limits.maxOutputs) : 0,
@@ -225,6 +252,38 @@ class LinearBinder {
     return this.#create(matrix, input, output, store, maxRows, ["decode", "prefill"]);
   }
 
+  /**
+   * Linear layers that store their columns side by side; a stack of all columns may finish its decode
+   * rows instead.
+   */
+  async bindSideBySide(
+    matrices: readonly Matrix[],
+    input: RowsView,
+    output: RowsView,
+    finish: PairFinish,
+  ): Promise<Linear[]> {
+    const { maxRows } = this.#parts.spec.limits;
+    const whole = matrices.length === 1 ? finish : undefined;
+    const bound: Linear[] = [];
+    let { offset } = output;
+    for (const matrix of matrices) {
+      const columns = { ...output, offset };
+      bound.push(
+        await this.#create(
+          matrix,
+          input,
+          columns,
+          "store",
+          maxRows,
+          ["decode", "prefill"],
+          whole,
+        ),
+      );
+      offset += matrix.n;
+    }
+    return bound;
+  }
+
   /** The projection to the vocabulary, over the step's outputs. */
   bindProjection(matrix: Matrix, input: RowsView, output: RowsView): Promise<Linear> {
     const { maxOutputs } = this.#parts.spec.limits;
@@ -238,6 +297,7 @@ class LinearBinder {
     store: LinearStore,
     maxRows: number,
     ranges: readonly ("decode" | "prefill" | "outputs")[],
+    finish?: PairFinish,
   ): Promise<Linear> {
     const { gpu, spec, inputs } = this.#parts;
     const linear = await createLinear({
@@ -250,6 +310,7 @@ class LinearBinder {
       store,
       maxRows,
       scratch: this.#scratch!,
+      finish,
       ranges,
       profile: spec.profile,
     });

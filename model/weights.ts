@@ -17,7 +17,14 @@ import {
   type TensorSource,
 } from "../shared/model_config.ts";
 import type { Gpu } from "../kernels/gpu.ts";
-import { loadMatrix, type Matrix } from "../kernels/linear/mod.ts";
+import {
+  isStackable,
+  loadMatrix,
+  loadStack,
+  type Matrix,
+  type MatrixShape,
+  type StackMember,
+} from "../kernels/linear/mod.ts";
 import type { EmbeddingPiece } from "../kernels/transformer/mod.ts";
 import type { StageSpec } from "./stage_spec.ts";
 
@@ -25,7 +32,12 @@ import type { StageSpec } from "./stage_spec.ts";
 export interface LayerWeights {
   inputNorm: GPUBuffer;
   postNorm: GPUBuffer;
-  linear: Record<LinearName, Matrix>;
+  /** q, k and v: one stack of the three, or each its own. */
+  queriesKeysValues: Matrix[];
+  attentionOut: Matrix;
+  /** Gate and up: one stack of the two, or each its own. */
+  gateUp: Matrix[];
+  down: Matrix;
 }
 
 /** The embedding table, cut where the GPU cannot bind it as a whole. */
@@ -43,6 +55,25 @@ export interface HeadWeights {
 export type PartWeights<P extends PartName> = P extends "embedding" ? EmbeddingWeights
   : P extends "head" ? HeadWeights
   : LayerWeights;
+
+/** Where the matrices of a part come from: a checkpoint, or a benchmark's random weights. */
+export interface MatrixSource {
+  matrix(name: string, shape: MatrixShape, format: CodeGemmFormat | null): Promise<Matrix>;
+  /** Whether {@linkcode stack} can make one matrix of these. */
+  canStack(members: readonly StackMember[], format: CodeGemmFormat): boolean;
+  /** Up to three matrices of one input as one. */
+  stack(members: readonly StackMember[], k: number, format: CodeGemmFormat): Promise<Matrix>;
+}
+
+/** The matrices of a checkpoint. */
+function matricesOf(gpu: Gpu, tensors: TensorSource): MatrixSource {
+  return {
+    matrix: (name, shape, format) => loadMatrix(gpu, tensors, name, shape, format),
+    canStack: (members, format) => isStackable(tensors, members, format),
+    stack: (members, k, format) =>
+      loadStack(gpu, tensors, members.map(({ name }) => name).join(" | "), members, k, format),
+  };
+}
 
 interface HeldPart {
   part: PartName;
@@ -92,6 +123,7 @@ export class WeightStore {
   /**
    * Brings a part onto the GPU, unless it is there. One call at a time: error scopes nest.
    *
+   * @param matrices where matrices come from, if not from the tensors
    * @throws FleetError `bad-checkpoint`, `out-of-memory`; what was loaded of the part is freed then
    */
   async load(
@@ -99,9 +131,10 @@ export class WeightStore {
     part: PartName,
     tensors: TensorSource,
     key: string = part,
+    matrices: MatrixSource = matricesOf(this.#gpu, tensors),
   ): Promise<void> {
     if (this.#parts.has(key)) return;
-    const loader = new PartLoader(this.#gpu, config, tensors);
+    const loader = new PartLoader(this.#gpu, config, tensors, matrices);
     try {
       const weights = await loader.load(part);
       this.#gpu.check();
@@ -141,18 +174,26 @@ export class WeightStore {
   }
 }
 
+async function inTurn<T, U>(items: readonly T[], make: (item: T) => Promise<U>): Promise<U[]> {
+  const made: U[] = [];
+  for (const item of items) made.push(await make(item));
+  return made;
+}
+
 /** Loads one part, and knows how to take it back. */
 class PartLoader {
   readonly #gpu: Gpu;
   readonly #config: ModelConfig;
   readonly #tensors: TensorSource;
+  readonly #matrices: MatrixSource;
   readonly #made: { destroy(): void }[] = [];
   bytes = 0;
 
-  constructor(gpu: Gpu, config: ModelConfig, tensors: TensorSource) {
+  constructor(gpu: Gpu, config: ModelConfig, tensors: TensorSource, matrices: MatrixSource) {
     this.#gpu = gpu;
     this.#config = config;
     this.#tensors = tensors;
+    this.#matrices = matrices;
   }
 
   load(part: PartName): Promise<EmbeddingWeights | HeadWeights | LayerWeights> {
@@ -177,18 +218,29 @@ class PartLoader {
         linearShape(this.#config, name),
         this.#config.codegemm,
       );
+    const stack = async (names: LinearName[]) => {
+      const members = names.map((name) => ({
+        name: `${prefix}.${name}`,
+        n: linearShape(this.#config, name)[0],
+      }));
+      const format = this.#config.codegemm;
+      if (format === null || !this.#matrices.canStack(members, format)) {
+        return await inTurn(names, matrix);
+      }
+      const [, k] = linearShape(this.#config, names[0]);
+      return [this.#keep(await this.#matrices.stack(members, k, format))];
+    };
     return {
       inputNorm: await this.#norm(`${prefix}.input_layernorm.weight`),
       postNorm: await this.#norm(`${prefix}.post_attention_layernorm.weight`),
-      linear: {
-        "self_attn.q_proj": await matrix("self_attn.q_proj"),
-        "self_attn.k_proj": await matrix("self_attn.k_proj"),
-        "self_attn.v_proj": await matrix("self_attn.v_proj"),
-        "self_attn.o_proj": await matrix("self_attn.o_proj"),
-        "mlp.gate_proj": await matrix("mlp.gate_proj"),
-        "mlp.up_proj": await matrix("mlp.up_proj"),
-        "mlp.down_proj": await matrix("mlp.down_proj"),
-      },
+      queriesKeysValues: await stack([
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+      ]),
+      attentionOut: await matrix("self_attn.o_proj"),
+      gateUp: await stack(["mlp.gate_proj", "mlp.up_proj"]),
+      down: await matrix("mlp.down_proj"),
     };
   }
 
@@ -206,7 +258,10 @@ class PartLoader {
     shape: [n: number, k: number],
     format: CodeGemmFormat | null,
   ): Promise<Matrix> {
-    const matrix = await loadMatrix(this.#gpu, this.#tensors, name, shape, format);
+    return this.#keep(await this.#matrices.matrix(name, shape, format));
+  }
+
+  #keep(matrix: Matrix): Matrix {
     this.bytes += matrix.bytes;
     this.#made.push(matrix);
     return matrix;

@@ -106,6 +106,7 @@ export async function createLinear(options: LinearOptions): Promise<Linear> {
   gpu.check();
   return {
     label,
+    finishes: options.finish !== undefined && canFinish(matrix),
     encode(pass, shape, range) {
       if (range === "prefill") {
         invariant(prefill !== null, `${label} was made for prefill rows`);
@@ -119,6 +120,11 @@ export async function createLinear(options: LinearOptions): Promise<Linear> {
     },
     destroy: () => uniforms.buffer.destroy(),
   };
+}
+
+/** Pairs are finished where whole sums meet: behind partial sums, in one binding. */
+function canFinish({ order, blocks }: Matrix): boolean {
+  return order.splits > 1 && blocks.length === 1;
 }
 
 function encodeDecode(
@@ -195,10 +201,12 @@ async function planDecode(
         `${gpu.limits.maxComputeWorkgroupStorageSize} bytes that ${gpu.info.name} offers`,
     );
   }
+  const finish = range === "decode" && canFinish(matrix) ? options.finish : undefined;
+  const reduceBindings = [...REDUCE_BINDINGS, ...finish?.bindings ?? []];
   const reduce = direct ? null : await gpu.pipeline({
     label: `${label} reduce`,
-    code: reduceWgsl(order.slices, store),
-    bindings: REDUCE_BINDINGS,
+    code: reduceWgsl(order, store, finish),
+    bindings: reduceBindings,
   });
 
   const target0 = direct ? output.buffer : scratch;
@@ -217,14 +225,15 @@ async function planDecode(
           ...weights,
           target0,
         ]),
-        reduce: reduce === null ? null : bindGroup(gpu, `${label} reduce`, REDUCE_BINDINGS, [
+        reduce: reduce === null ? null : bindGroup(gpu, `${label} reduce`, reduceBindings, [
           step,
           params,
           scratch,
           output.buffer,
+          ...finish?.buffers ?? [],
         ]),
         rowBlocks: Math.ceil(block.n / order.rowBlock),
-        reduceGroups: Math.ceil(block.n / reduceColumns(order.slices)),
+        reduceGroups: Math.ceil(block.n / (finish ? 2 : 1) / reduceColumns(order.slices)),
       };
     }));
   }

@@ -7,6 +7,13 @@ export { createLinear, linearScratchBytes } from "./linear.ts";
 export { isStackable, loadMatrix, loadStack, matrixBytes } from "./matrix.ts";
 export type { LoadOptions, StackMember } from "./matrix.ts";
 export { randomTensors } from "./random_tensors.ts";
-export type { Linear, LinearOptions, Matrix, MatrixBlock, MatrixShape } from "./types.ts";
+export type {
+  Linear,
+  LinearOptions,
+  Matrix,
+  MatrixBlock,
+  MatrixShape,
+  PairFinish,
+} from "./types.ts";
 export { defaultVariant } from "./variant.ts";
 export type { Variant } from "./variant.ts";

@@ -5,7 +5,7 @@
  */
 import type { CodeGemmFormat } from "../../shared/model_config.ts";
 import type { NumericsProfile } from "../../shared/protocol.ts";
-import type { Gpu } from "../gpu.ts";
+import type { BindingKind, Gpu } from "../gpu.ts";
 import type { LinearStore, RowRange, RowsView, StepShape } from "../kernel.ts";
 import type { CodeOrder, DenseOrder } from "./order.ts";
 import type { Variant } from "./variant.ts";
@@ -43,6 +43,21 @@ export interface Matrix {
   destroy(): void;
 }
 
+/**
+ * What becomes of the decode rows' sums in place of storing them, pair by pair: column `n` and column
+ * `n + half`, in runs of `2 half` columns.
+ */
+export interface PairFinish {
+  half: number;
+  /**
+   * WGSL with bindings from `@binding(4)` on and `fn finish(row: u32, n: u32, pair: vec2<f32>)`; it
+   * may call `put(row, n, value)`, which stores as the layer would have.
+   */
+  code: string;
+  bindings: readonly BindingKind[];
+  buffers: readonly GPUBuffer[];
+}
+
 /** What {@linkcode createLinear} needs. */
 export interface LinearOptions {
   gpu: Gpu;
@@ -63,6 +78,8 @@ export interface LinearOptions {
    * all linear layers of a stage, because dispatches of a pass run in order.
    */
   scratch: GPUBuffer;
+  /** Taken where the layer can: see {@linkcode Linear.finishes}. */
+  finish?: PairFinish;
   /** The ranges that `encode` will be called with. */
   ranges: readonly RowRange[];
   profile: NumericsProfile;
@@ -73,6 +90,8 @@ export interface LinearOptions {
 /** A linear layer bound to its buffers. */
 export interface Linear {
   readonly label: string;
+  /** Decode rows are finished, not stored; prefill rows are always stored. */
+  readonly finishes: boolean;
   /**
    * Adds the dispatches for a range's rows to the pass: decode rows `[0, decodeRows)`, prefill rows
    * `[decodeRows, rows)`, outputs `[0, outputs)` of the input and output views. None when it is empty.

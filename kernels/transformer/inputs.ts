@@ -34,15 +34,8 @@ export interface TransformerShape extends StepShape {
   prefillTiles: number;
 }
 
-/**
- * Complete WGSL from the part in a `.wgsl` file: what all of these kernels share, then `code`.
- *
- * Float16 is written through `to_f16` only: WGSL leaves the result open where a value is out of
- * range, so it is clamped to the finite ones first.
- */
-export function transformerWgsl(code: string): string {
-  return /* wgsl */ `enable f16;
-${STEP_WGSL}
+/** Types and functions that the transformer's kernels share. */
+export const TRANSFORMER_TYPES_WGSL = /* wgsl */ `
 struct Row {
   page_table: u32,
   position: u32,
@@ -62,5 +55,17 @@ const PAGE_TOKENS = ${PAGE_TOKENS}u;
 fn to_f16(value: f32) -> f16 {
   return f16(clamp(value, -65504.0, 65504.0));
 }
+`;
+
+/**
+ * Complete WGSL from a kernel's own: what all of these kernels share, then `code`.
+ *
+ * Float16 is written through `to_f16` only: WGSL leaves the result open where a value is out of
+ * range, so it is clamped to the finite ones first.
+ */
+export function transformerWgsl(code: string): string {
+  return /* wgsl */ `enable f16;
+${STEP_WGSL}
+${TRANSFORMER_TYPES_WGSL}
 ${code}`;
 }

@@ -7,6 +7,7 @@ export * from "./attention.ts";
 export { tileRows } from "./attention_wgsl.ts";
 export * from "./inputs.ts";
 export * from "./kv_layout.ts";
+export { ropeFinish, swigluFinish } from "./pairs_wgsl.ts";
 export * from "./rope_angles.ts";
 export * from "./rowwise.ts";
 export * from "./step_buffers.ts";

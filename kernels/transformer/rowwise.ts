@@ -5,19 +5,24 @@
  * @module
  */
 import type { Gpu } from "../gpu.ts";
-import type { Kernel } from "../kernel.ts";
+import type { Kernel, StepShape } from "../kernel.ts";
 import { Dispatch } from "./dispatch.ts";
 import { type StepInputs, transformerWgsl } from "./inputs.ts";
 import type { HeadShape } from "./kv_layout.ts";
 import embedWgsl from "./embed.wgsl" with { type: "text" };
+import { ropeKernelWgsl, swigluKernelWgsl } from "./pairs_wgsl.ts";
+import { rmsnormWgsl } from "./rmsnorm_wgsl.ts";
 import hiddenWgsl from "./hidden.wgsl" with { type: "text" };
-import rmsnormWgsl from "./rmsnorm.wgsl" with { type: "text" };
-import ropeWgsl from "./rope.wgsl" with { type: "text" };
-import swigluWgsl from "./swiglu.wgsl" with { type: "text" };
 
 /** Lanes of a workgroup in the kernels that have a thread per column. */
 const LANES = 64;
 const blocks = (columns: number) => Math.ceil(columns / LANES);
+
+/** Which rows a kernel takes. */
+export type PairRows = "all" | "prefill";
+
+const rowCount = (shape: StepShape, rows: PairRows) =>
+  rows === "all" ? shape.rows : shape.rows - shape.decodeRows;
 
 /** Consecutive rows of the embedding table in a buffer of their own. */
 export interface EmbeddingPiece {
@@ -75,9 +80,7 @@ export function createRmsNorm(options: {
   return Dispatch.create({
     gpu,
     label: "rmsnorm",
-    code: transformerWgsl(rmsnormWgsl),
-    entryPoint: "all_rows",
-    constants: { hidden, epsilon },
+    code: rmsnormWgsl(hidden, epsilon, false),
     buffers: [residual, weight, normed],
     workgroups: (shape) => [shape.rows],
   });
@@ -101,9 +104,7 @@ export function createFinalNorm(options: {
   return Dispatch.create({
     gpu,
     label: "final norm",
-    code: transformerWgsl(rmsnormWgsl),
-    entryPoint: "gather_outputs",
-    constants: { hidden, epsilon },
+    code: rmsnormWgsl(hidden, epsilon, true),
     buffers: [residual, weight, normed, inputs.outputRows],
     workgroups: (shape) => [shape.outputs],
   });
@@ -117,6 +118,7 @@ export function createFinalNorm(options: {
  * @param options.qkv float32, `(rows, (heads + 2 kvHeads) headDim)`
  * @param options.keys of {@linkcode kvPageBytes} per page
  * @param options.values like `keys`
+ * @param options.rows all of them, or prefill rows where decode rows are turned as they are summed
  */
 export function createRope(options: {
   gpu: Gpu;
@@ -126,16 +128,16 @@ export function createRope(options: {
   qkv: GPUBuffer;
   keys: GPUBuffer;
   values: GPUBuffer;
+  rows?: PairRows;
 }): Promise<Kernel> {
-  const { gpu, inputs, angles, qkv, keys, values } = options;
-  const { heads, kvHeads, headDim, paddedDim } = options.shape;
+  const { gpu, inputs, shape: head, angles, qkv, keys, values, rows = "all" } = options;
+  const pairs = (head.heads + 2 * head.kvHeads) * head.headDim / 2;
   return Dispatch.create({
     gpu,
     label: "rope",
-    code: transformerWgsl(ropeWgsl),
-    constants: { heads, kv_heads: kvHeads, head_dim: headDim, padded_dim: paddedDim },
-    buffers: [inputs.step, inputs.rows, inputs.pageTables, angles, qkv, keys, values],
-    workgroups: (shape) => [blocks((heads + 2 * kvHeads) * headDim / 2), shape.rows],
+    code: ropeKernelWgsl(head, rows),
+    buffers: [inputs.step, qkv, inputs.rows, inputs.pageTables, angles, keys, values],
+    workgroups: (shape) => [blocks(pairs), rowCount(shape, rows)],
   });
 }
 
@@ -144,6 +146,7 @@ export function createRope(options: {
  *
  * @param options.gateUp float32, `(rows, 2 width)`: a row's gates, then its ups
  * @param options.gated float16, `(rows, width)`
+ * @param options.rows all of them, or prefill rows where decode rows are multiplied as they are summed
  */
 export function createSwiGlu(options: {
   gpu: Gpu;
@@ -151,15 +154,15 @@ export function createSwiGlu(options: {
   width: number;
   gateUp: GPUBuffer;
   gated: GPUBuffer;
+  rows?: PairRows;
 }): Promise<Kernel> {
-  const { gpu, inputs, width, gateUp, gated } = options;
+  const { gpu, inputs, width, gateUp, gated, rows = "all" } = options;
   return Dispatch.create({
     gpu,
     label: "swiglu",
-    code: transformerWgsl(swigluWgsl),
-    constants: { width },
+    code: swigluKernelWgsl(width, rows),
     buffers: [inputs.step, gateUp, gated],
-    workgroups: (shape) => [blocks(width), shape.rows],
+    workgroups: (shape) => [blocks(width), rowCount(shape, rows)],
   });
 }
 
