@@ -36,6 +36,11 @@ const BENCHMARKS: Record<string, Benchmark> = {
     runner: "run",
     what: "CPU time of the coordinator's process per token, 8 clients over HTTP",
   },
+  fleet: {
+    file: "bench/fleet_bench.ts",
+    runner: "run",
+    what: "a whole fleet of real processes: tokens/s, wire, efficiency (--shape, --workers)",
+  },
   weights: {
     file: "shared/weights_bench.ts",
     runner: "run",
