@@ -16,7 +16,7 @@ export interface CodeKernel {
   family: NumericsProfile["decode"];
   format: CodeGemmFormat;
   order: CodeOrder;
-  /** Threads of a workgroup; `threads * rowsPerThread` is the order's row block. */
+  /** Threads of a workgroup; `threads * rowsPerThread` divides the order's row block. */
   threads: number;
   /** Rows of N a thread holds: 4 or 8. */
   rowsPerThread: number;
@@ -56,7 +56,7 @@ export function turnPositions(order: CodeOrder, v: number, wantedK: number): num
 export function codeKernelFits(kernel: CodeKernel): boolean {
   return kernel.family === "codegemm"
     ? (kernel.unroll ? psumbooksPerHalf(kernel) : psumbooksPerStage(kernel)) >= 1
-    : 2 * activationBytes(kernel) <= kernel.workgroupBytes;
+    : kernel.unroll || 2 * activationBytes(kernel) <= kernel.workgroupBytes;
 }
 
 /** Bytes of the activations of one turn. */
@@ -106,10 +106,10 @@ export function loadActivations(kernel: CodeKernel, lanes: BatchLanes, base: str
 }
 
 /** The float16 sum of a group, for every row of N that a thread holds. */
-export function sumVariables(kernel: CodeKernel, lanes: BatchLanes): string {
+export function sumVariables(kernel: CodeKernel, lanes: BatchLanes, name = "sum"): string {
   return times(
     kernel.rowsPerThread,
-    (r) => times(lanes.vectors, (j) => `  var sum${r}_${j} = ${lanes.type("f16")}(0.0);`),
+    (r) => times(lanes.vectors, (j) => `  var ${name}${r}_${j} = ${lanes.type("f16")}(0.0);`),
   );
 }
 

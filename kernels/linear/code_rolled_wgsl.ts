@@ -121,8 +121,13 @@ ${
   }
       for (var e = 0u; e < ${v}u; e++) {
         if ((opens && e == 0u) || (e > 0u && e % 16u == 0u)) {
-${times(rowsPerThread, (r) => times(lanes.vectors, (j) => `          sum${r}_${j} = ${zero};`))}
+${
+    times(rowsPerThread, (r) =>
+      times(lanes.vectors, (j) =>
+        `          even${r}_${j} = ${zero}; odd${r}_${j} = ${zero};`))
+  }
         }
+        let is_odd = ((position % ${order.groupPositions}u) * ${v}u + e) % 2u == 1u;
 ${times(lanes.vectors, (j) => `        let a${j} = activations${j}[half + position * ${v}u + e];`)}
 ${
     times(rowsPerThread, (r) => {
@@ -131,11 +136,20 @@ ${
         (_, k) => `codebooks[at${k}_${r >> 2}.${"xyzw"[r & 3]} + e]`,
       );
       return `        { let c = ${splat(lanes, "f16", centroids.join(" + "))};\n` +
-        times(lanes.vectors, (j) => `          sum${r}_${j} = fma(a${j}, c, sum${r}_${j});`) + " }";
+        times(
+          lanes.vectors,
+          (j) =>
+            `          if (is_odd) { odd${r}_${j} = fma(a${j}, c, odd${r}_${j}); } ` +
+            `else { even${r}_${j} = fma(a${j}, c, even${r}_${j}); }`,
+        ) + " }";
     })
   }
         // A vector longer than the float16 bound is closed in between.
         if ((closes && e == ${v - 1}u) || (e % 16u == 15u && e < ${v - 1}u)) {
+${
+    times(rowsPerThread, (r) =>
+      times(lanes.vectors, (j) => `          sum${r}_${j} = even${r}_${j} + odd${r}_${j};`))
+  }
 ${addGroups(kernel, lanes)}
         }
       }
@@ -145,7 +159,7 @@ ${addGroups(kernel, lanes)}
       lanes.vectors,
       (j) => `var<workgroup> activations${j}: array<${lanes.type("f16")}, ${2 * count}>;`,
     ),
-    prologue: sumVariables(kernel, lanes),
+    prologue: ["sum", "even", "odd"].map((name) => sumVariables(kernel, lanes, name)).join("\n"),
     turn,
   };
 }
@@ -154,7 +168,7 @@ ${addGroups(kernel, lanes)}
 function codesOf(kernel: CodeKernel, codebook: string, t: number): string {
   const { turnPositions, format: { m }, order, threads } = kernel;
   const word = `(turn_at * ${turnPositions / 4}u + position / 4u) * ${m}u + ${codebook}`;
-  return `((codes[(${word}) * ${order.rowBlock / 4}u + lane + ${
+  return `((codes[(${word}) * ${order.rowBlock / 4}u + quad + ${
     t * threads
   }u] >> vec4<u32>(8u * (position & 3u))) & vec4<u32>(255u))`;
 }
@@ -164,7 +178,7 @@ function addGroups(kernel: CodeKernel, lanes: BatchLanes): string {
   const { turnPositions, rowsPerThread, threads, order } = kernel;
   return `          let scale_at = (scale_block + (turn * ${turnPositions}u + position) / ${order.scalePositions}u) * ${
     order.rowBlock / 4
-  }u + lane;\n` +
+  }u + quad;\n` +
     times(
       rowsPerThread / 4,
       (t) => `          let scale${t} = vec4<f32>(scales[scale_at + ${t * threads}u]);`,

@@ -5,14 +5,7 @@
  * @module
  */
 import type { CodeBody, CodeKernel } from "./code_kernel.ts";
-import {
-  activationBytes,
-  addGroup,
-  loadActivations,
-  psumbooksPerHalf,
-  splat,
-  sumVariables,
-} from "./code_kernel.ts";
+import { addGroup, psumbooksPerHalf, splat, sumVariables } from "./code_kernel.ts";
 import { gcd, roundUp } from "./order.ts";
 import type { BatchLanes } from "./wgsl.ts";
 import { spread, times } from "./wgsl.ts";
@@ -61,7 +54,7 @@ export function unrolledPsumbook(kernel: CodeKernel, lanes: BatchLanes): CodeBod
         ),
     )
   );
-  const sets = Math.max(1, 256 / threads);
+  const sets = Math.ceil(256 / threads);
   return {
     declarations: books.join("\n"),
     prologue: sumVariables(kernel, lanes) + "\n" +
@@ -77,9 +70,9 @@ function fillStage(
   staged: { position: number; codebook: number }[],
   book: (slot: number, j: number) => string,
 ): string {
-  const { threads, format: { v } } = kernel;
-  const teams = Math.max(1, threads / 256);
-  const sets = Math.max(1, 256 / threads);
+  const { threads } = kernel;
+  const teams = Math.max(1, Math.floor(threads / 256));
+  const sets = Math.ceil(256 / threads);
   const perTeam = Math.ceil(staged.length / teams);
   return times(teams, (team) => {
     const own = staged.slice(team * perTeam, (team + 1) * perTeam);
@@ -90,16 +83,12 @@ function fillStage(
         ? loadActivation(kernel, position)
         : "";
       return load +
-        times(
-          sets,
-          (s) =>
-            fillEntry(
-              kernel,
-              lanes,
-              { position, codebook, set: s },
-              (j) => `${book(slot, j)}[entry${s}]`,
-            ),
-        );
+        times(sets, (set) => {
+          const at = (j: number) => `${book(slot, j)}[entry${set}]`;
+          const entry = fillEntry(kernel, lanes, { position, codebook, set }, at);
+          const partly = teams === 1 && (set + 1) * threads > 256;
+          return partly ? `if (lane < ${256 - set * threads}u) ${entry}` : entry;
+        });
     }).join("\n");
     return teams === 1 ? `{\n${fill}\n}` : `if (lane / 256u == ${team}u) {\n${fill}\n}`;
   });
@@ -149,68 +138,112 @@ function fillEntry(
     ) + " }";
 }
 
-/** A code gathers its centroid, which is multiplied with the activations. */
+/**
+ * A code gathers its centroid, which is multiplied with the activations: pairs along K, so that one
+ * float16 multiply-add makes two products. For vectors of a multiple of 4.
+ *
+ * The codebooks stand in workgroup memory as often as fits, lanes spread over the copies, so that they
+ * seldom meet in a bank. There is no barrier between turns.
+ */
 export function unrolledDequantize(kernel: CodeKernel, lanes: BatchLanes): CodeBody {
-  const { format: { m, v }, order, threads, rowsPerThread } = kernel;
-  const count = kernel.turnPositions * v;
-  const vectors = v % 4 === 0 ? v / 4 : v;
-  // The codebooks stand in workgroup memory where there is room.
-  const local = m * 256 * v * 2 + 2 * activationBytes(kernel) <= kernel.workgroupBytes;
-  const table = local ? "table" : "codebooks";
-  const base = local ? "" : `book * ${m * 256}u + `;
-  const parts = [
-    loadWords(kernel),
-    loadScales(kernel),
-    `let half = (turn & 1u) * ${count}u;`,
-    loadActivations(kernel, lanes, "half + "),
-    // One barrier is enough: a half is written again only after everyone passed the next barrier.
-    "workgroupBarrier();",
-  ];
+  const { format: { m, v }, order, threads, rowsPerThread, batch } = kernel;
+  const quads = v / 4;
+  const copies = tableCopies(kernel);
+  const gather = (k: number, q: number) =>
+    copies === 0
+      ? `codebooks[((book * ${m}u + ${k}u) * 256u + code${k}) * ${quads}u + ${q}u]`
+      : `table${k}_${q}[(code${k} * ${copies}u) | copy]`;
+  const parts = [loadWords(kernel), loadScales(kernel)];
   for (let position = 0; position < kernel.turnPositions; position++) {
-    const opens = position % order.groupPositions === 0;
-    const closes = (position + 1) % order.groupPositions === 0;
+    const opensGroup = position % order.groupPositions === 0;
+    const closesGroup = (position + 1) % order.groupPositions === 0;
+    parts.push("{", times(batch, (b) => loadQuads(kernel, position, b)));
     for (let r = 0; r < rowsPerThread; r++) {
-      parts.push("{");
-      for (let k = 0; k < m; k++) {
-        parts.push(`let at${k} = (${base}${k * 256}u + ${codeOf(position, k, r)}) * ${vectors}u;`);
-      }
-      for (let e = 0; e < v; e++) {
-        const single = v % 4 !== 0;
-        if (single || e % 4 === 0) {
-          const at = single ? e : e / 4;
-          const sum = Array.from({ length: m }, (_, k) => `${table}[at${k} + ${at}u]`).join(" + ");
-          parts.push(`let c${at} = ${sum};`);
-        }
-        const centroid = single ? `c${e}` : `c${e >> 2}.${"xyzw"[e & 3]}`;
+      parts.push("{", times(m, (k) => `let code${k} = ${codeOf(position, k, r)};`));
+      for (let q = 0; q < quads; q++) {
+        const centroid = Array.from({ length: m }, (_, k) => gather(k, q)).join(" + ");
         // A vector longer than the float16 bound is closed in between.
-        const first = (opens && e === 0) || (e > 0 && e % 16 === 0);
-        const last = (closes && e === v - 1) || (e % 16 === 15 && e < v - 1);
-        for (let j = 0; j < lanes.vectors; j++) {
-          const activation = `activations${j}[half + ${position * v + e}u]`;
-          const factor = splat(lanes, "f16", centroid);
-          parts.push(
-            first
-              ? `sum${r}_${j} = ${activation} * ${factor};`
-              : `sum${r}_${j} = fma(${activation}, ${factor}, sum${r}_${j});`,
-          );
-          if (last) parts.push(addGroup(lanes, scaleOf(kernel, position, r), r, j));
-        }
+        const opens = q === 0 ? opensGroup : q % 4 === 0;
+        const closes = q === quads - 1 ? closesGroup : q % 4 === 3;
+        parts.push(`let c${q} = ${centroid};`);
+        parts.push(times(batch, (b) => {
+          const pair = `pair${r}_${b}`;
+          const low = `a${b}_${q}.xy`, high = `a${b}_${q}.zw`;
+          return (opens
+            ? `${pair} = ${low} * c${q}.xy;`
+            : `${pair} = fma(${low}, c${q}.xy, ${pair});`) +
+            ` ${pair} = fma(${high}, c${q}.zw, ${pair});`;
+        }));
+        if (closes) parts.push(addPairs(kernel, lanes, position, r));
       }
       parts.push("}");
     }
+    parts.push("}");
   }
-  const tableSize = m * 256 * vectors;
+  const tables = Array.from({ length: m * quads }, (_, t) => {
+    const [k, q] = [Math.floor(t / quads), t % quads];
+    return {
+      declaration: `var<workgroup> table${k}_${q}: array<vec4<f16>, ${256 * copies}>;`,
+      fill: spread(
+        256 * copies,
+        threads,
+        false,
+        `table${k}_${q}[i] = codebooks[((book * ${m}u + ${k}u) * 256u + i / ${copies}u) * ${quads}u + ${q}u];`,
+      ),
+    };
+  });
+  const pairs = times(
+    rowsPerThread,
+    (r) => times(batch, (b) => `  var pair${r}_${b} = vec2<f16>(0.0h);`),
+  );
+  if (copies === 0) return { declarations: "", prologue: pairs, turn: parts.join("\n") };
   return {
-    declarations: times(
-      lanes.vectors,
-      (j) => `var<workgroup> activations${j}: array<${lanes.type("f16")}, ${2 * count}>;`,
-    ) + (local ? `\nvar<workgroup> table: array<${centroidType(v)}, ${tableSize}>;` : ""),
-    prologue: sumVariables(kernel, lanes) +
-      (local
-        ? "\n" + spread(tableSize, threads, true, `table[i] = codebooks[book * ${tableSize}u + i];`)
-        : ""),
+    declarations: tables.map(({ declaration }) => declaration).join("\n"),
+    prologue: `${pairs}
+  let copy = lane & ${copies - 1}u;
+  ${tables.map(({ fill }) => fill).join("\n")}
+  workgroupBarrier();`,
     turn: parts.join("\n"),
   };
+}
+
+/** Copies of the codebooks in workgroup memory, a power of two; 0 when not even one fits. */
+function tableCopies({ format: { m, v }, workgroupBytes }: CodeKernel): number {
+  const fit = Math.min(MAX_COPIES, Math.floor(workgroupBytes / (m * 256 * v * 2)));
+  return fit < 1 ? 0 : 2 ** Math.floor(Math.log2(fit));
+}
+
+/** With 16 copies of 8-byte entries, half a warp of an NVIDIA GPU reads without a bank conflict. */
+const MAX_COPIES = 16;
+
+/** The activations of a position for place `b` of the batch: `a<b>_<quad>`, float16. */
+function loadQuads(
+  { format: { v }, turnPositions, vectorInput }: CodeKernel,
+  position: number,
+  b: number,
+): string {
+  const at = `x${b} + turn * ${turnPositions * v}u + ${position * v}u`;
+  return times(
+    v / 4,
+    (q) =>
+      vectorInput
+        ? `let a${b}_${q} = x[(${at}) / 4u + ${q}u];`
+        : `let a${b}_${q} = vec4<f16>(${
+          [0, 1, 2, 3].map((e) => `x[${at} + ${4 * q + e}u]`).join(", ")
+        });`,
+  );
+}
+
+/** Both chains of a group, scaled, to the float32 accumulators of row `r`. */
+function addPairs(kernel: CodeKernel, lanes: BatchLanes, position: number, r: number): string {
+  return times(lanes.vectors, (j) => {
+    const sums = Array.from({ length: lanes.lanes }, (_, l) => {
+      const pair = `pair${r}_${j * lanes.lanes + l}`;
+      return `${pair}.x + ${pair}.y`;
+    }).join(", ");
+    return `{ let sum${r}_${j} = ${lanes.lanes === 1 ? sums : `${lanes.type("f16")}(${sums})`};\n` +
+      addGroup(lanes, scaleOf(kernel, position, r), r, j) + " }";
+  });
 }
 
 /** The WGSL element of the codebooks binding. */
@@ -234,7 +267,7 @@ function loadWords(kernel: CodeKernel): string {
   const { turnPositions, format: { m }, rowsPerThread, threads, order } = kernel;
   const words = turnPositions / 4;
   const rowQuads = order.rowBlock / 4;
-  return `let word_at = (turn_at * ${words}u * ${m}u) * ${rowQuads}u + lane;\n` +
+  return `let word_at = (turn_at * ${words}u * ${m}u) * ${rowQuads}u + quad;\n` +
     times(
       words,
       (q) =>
@@ -257,7 +290,7 @@ function loadScales(kernel: CodeKernel): string {
     (s) =>
       `let scale_at${s} = (scale_block + (turn * ${turnPositions}u + ${
         s * segment
-      }u) / ${order.scalePositions}u) * ${rowQuads}u + lane;\n` +
+      }u) / ${order.scalePositions}u) * ${rowQuads}u + quad;\n` +
       times(
         rowsPerThread / 4,
         (t) => `let scale${s}_${t} = vec4<f32>(scales[scale_at${s} + ${t * threads}u]);`,

@@ -9,8 +9,9 @@
  * - `dequantize`: a code gathers its centroid, which is multiplied with the activations.
  *
  * The order of one row's sum, which no batch size, turn or stage changes: within a group of positions
- * in float16, by position, then by codebook; groups then with their scale in float32, through a split
- * of K; splits as `reduce_wgsl.ts` says.
+ * in float16; groups then with their scale in float32, through a split of K; splits as `reduce_wgsl.ts`
+ * says. A group of the `codegemm` family is one chain by position, then by codebook; of the
+ * `dequantize` family two chains, of the even and of the odd elements, then added.
  *
  * @module
  */
@@ -25,8 +26,9 @@ import { batchLanes, HEADER_WGSL, putWgsl, times } from "./wgsl.ts";
 /** The kernel's code; dispatched over (row blocks, splits, batches of rows). */
 export function codeKernelWgsl(kernel: CodeKernel): string {
   const { format, order, threads, rowsPerThread, batch, target, family, unroll } = kernel;
-  const vectorInput = unroll && family === "codegemm" && kernel.vectorInput;
-  invariant(threads * rowsPerThread === order.rowBlock, "a workgroup covers a row block");
+  const vectorInput = unroll && kernel.vectorInput;
+  const workgroups = order.rowBlock / (threads * rowsPerThread);
+  invariant(Number.isInteger(workgroups), "workgroups cover a row block");
   invariant(codeKernelFits(kernel), "the kernel fits into workgroup memory");
   const lanes = batchLanes(batch);
   const turns = order.unitPositions / kernel.turnPositions;
@@ -53,7 +55,9 @@ fn main(
   @builtin(local_invocation_index) lane: u32,
   @builtin(workgroup_id) workgroup: vec3<u32>,
 ) {
-  let block = workgroup.x;
+  let block = workgroup.x / ${workgroups}u;
+  // The first four rows of N of this thread within the row block, in fours.
+  let quad = (workgroup.x % ${workgroups}u) * ${threads * rowsPerThread / 4}u + lane;
   let split = workgroup.y;
   let book = book_of(block);
   let rows = range_rows();
@@ -88,7 +92,7 @@ function storePartial(kernel: CodeKernel, lanes: BatchLanes): string {
   return times(batch, (b) =>
     `  if (first + ${b}u < rows) {
     let row = split * params.row_cap + workgroup.z * ${batch}u + ${b}u;
-    let at = (row * params.partial_stride + block * ${order.rowBlock}u) / 4u + lane;
+    let at = (row * params.partial_stride + block * ${order.rowBlock}u) / 4u + quad;
 ${
       times(rowsPerThread / 4, (t) =>
         `    y[at + ${t * threads}u] = vec4<f32>(${
@@ -102,7 +106,7 @@ function storeDirect(kernel: CodeKernel, lanes: BatchLanes): string {
   const { batch, rowsPerThread, threads, order } = kernel;
   return times(rowsPerThread, (r) =>
     `  {
-    let n = block * ${order.rowBlock}u + (lane + ${(r >> 2) * threads}u) * 4u + ${r & 3}u;
+    let n = block * ${order.rowBlock}u + (quad + ${(r >> 2) * threads}u) * 4u + ${r & 3}u;
     if (n < params.n) {
 ${
       times(batch, (b) =>

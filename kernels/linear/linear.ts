@@ -19,7 +19,7 @@ import { prefillBytes, prefillThreads, prefillWgsl } from "./prefill_wgsl.ts";
 import { reduceColumns, reduceWgsl } from "./reduce_wgsl.ts";
 import type { Linear, LinearOptions, Matrix, MatrixBlock, MatrixShape } from "./types.ts";
 import type { Variant } from "./variant.ts";
-import { defaultVariant, rowsPerThread } from "./variant.ts";
+import { codeThreads, defaultVariant } from "./variant.ts";
 import type { Batch, Params, Target } from "./wgsl.ts";
 import { PARAM_BYTES, PARAM_WORDS, RANGE_CODES } from "./wgsl.ts";
 
@@ -63,7 +63,7 @@ export function linearScratchBytes(
 interface DecodeDispatch {
   main: GPUBindGroup;
   reduce: GPUBindGroup | null;
-  rowBlocks: number;
+  n: number;
   reduceGroups: number;
 }
 
@@ -71,7 +71,8 @@ interface DecodePlan {
   /** Rows of one chunk. */
   chunkRows: number;
   splits: number;
-  pipelines: { batch: Batch; pipeline: GPUComputePipeline }[];
+  /** By rising batch; a workgroup covers `columns` rows of N. */
+  pipelines: { batch: Batch; columns: number; pipeline: GPUComputePipeline }[];
   reduce: GPUComputePipeline | null;
   /** `[chunk][binding block]` */
   chunks: DecodeDispatch[][];
@@ -140,7 +141,11 @@ function encodeDecode(
     for (const dispatch of plan.chunks[c]) {
       pass.setPipeline(kernel.pipeline);
       pass.setBindGroup(0, dispatch.main);
-      pass.dispatchWorkgroups(dispatch.rowBlocks, plan.splits, Math.ceil(count / kernel.batch));
+      pass.dispatchWorkgroups(
+        Math.ceil(dispatch.n / kernel.columns),
+        plan.splits,
+        Math.ceil(count / kernel.batch),
+      );
       if (plan.reduce !== null) {
         pass.setPipeline(plan.reduce);
         pass.setBindGroup(0, dispatch.reduce);
@@ -189,10 +194,11 @@ async function planDecode(
 
   const pipelines: DecodePlan["pipelines"] = [];
   for (const batch of variant.batches) {
-    const code = batch <= chunkRows ? decodeCode(options, variant, batch, target) : null;
-    if (code === null) continue;
+    const made = batch <= chunkRows ? decodeCode(options, variant, batch, target) : null;
+    if (made === null) continue;
+    const { code, columns } = made;
     const pipeline = await gpu.pipeline({ label: `${label} x${batch}`, code, bindings });
-    pipelines.push({ batch, pipeline });
+    pipelines.push({ batch, columns, pipeline });
   }
   if (pipelines.length === 0) {
     throw new FleetError(
@@ -232,7 +238,7 @@ async function planDecode(
           output.buffer,
           ...finish?.buffers ?? [],
         ]),
-        rowBlocks: Math.ceil(block.n / order.rowBlock),
+        n: block.n,
         reduceGroups: Math.ceil(block.n / (finish ? 2 : 1) / reduceColumns(order.slices)),
       };
     }));
@@ -240,32 +246,38 @@ async function planDecode(
   return { chunkRows, splits: order.splits, pipelines, reduce, chunks };
 }
 
-/** The decode kernel's code, or null when it does not fit into workgroup memory. */
-function decodeCode(options: LinearOptions, variant: Variant, batch: Batch, target: Target) {
+/** A decode kernel, or null when it does not fit into workgroup memory. */
+function decodeCode(
+  options: LinearOptions,
+  variant: Variant,
+  batch: Batch,
+  target: Target,
+): { code: string; columns: number } | null {
   const { gpu: { limits }, matrix: { order, format }, profile, input } = options;
   const workgroupBytes = limits.maxComputeWorkgroupStorageSize;
   if (order.kind === "dense") {
-    return denseKernelBytes(batch) <= workgroupBytes
-      ? denseKernelWgsl({ batch, rowsPerThread: variant.denseRowsPerThread, target })
-      : null;
+    if (denseKernelBytes(batch) > workgroupBytes) return null;
+    const code = denseKernelWgsl({ batch, rowsPerThread: variant.denseRowsPerThread, target });
+    return { code, columns: order.rowBlock };
   }
   invariant(format !== null, "a code order has a format");
-  const perThread = variant.codeRowsPerThread ?? rowsPerThread(order);
+  const { threads, perThread } = codeThreads(order, profile.decode, batch, variant);
   const vectorInput = input.stride % 4 === 0 && input.offset % 4 === 0 && format.v % 4 === 0;
   const kernel: CodeKernel = {
     family: profile.decode,
     format,
     order,
-    threads: order.rowBlock / perThread,
+    threads,
     turnPositions: turnPositions(order, format.v, variant.turnK),
-    unroll: variant.unroll,
+    unroll: variant.unroll && (profile.decode === "codegemm" || format.v % 4 === 0),
     rowsPerThread: perThread,
     vectorInput,
     batch,
     workgroupBytes,
     target,
   };
-  return codeKernelFits(kernel) ? codeKernelWgsl(kernel) : null;
+  if (!codeKernelFits(kernel)) return null;
+  return { code: codeKernelWgsl(kernel), columns: threads * perThread };
 }
 
 async function planPrefill(

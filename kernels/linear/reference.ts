@@ -125,21 +125,22 @@ export function dequantizeProduct(
   const { shape: [n], format: { m, v }, codebooks } = matrix;
   return sumGroups(matrix, order, n, (row, from) => {
     const sums: number[] = [];
-    let sum = 0;
+    let pair = [0, 0];
     for (let i = from; i < from + order.groupPositions; i++) {
       for (let e = 0; e < v; e++) {
         if (e > 0 && e % 16 === 0) {
-          sums.push(sum);
-          sum = 0;
+          sums.push(f16(pair[0] + pair[1]));
+          pair = [0, 0];
         }
         let weight = 0;
         for (let c = 0; c < m; c++) {
           weight = f16(weight + codebooks[(c * 256 + codeAt(matrix, c, i, row)) * v + e]);
         }
-        sum = fma16(x[i * v + e], weight, sum);
+        const chain = ((i - from) * v + e) % 2;
+        pair[chain] = fma16(x[i * v + e], weight, pair[chain]);
       }
     }
-    return [...sums, sum];
+    return [...sums, f16(pair[0] + pair[1])];
   });
 }
 

@@ -3,7 +3,8 @@
  *
  * @module
  */
-import type { CodeOrder } from "./order.ts";
+import type { NumericsProfile } from "../../shared/protocol.ts";
+import { type CodeOrder, largestDivisor } from "./order.ts";
 import type { PrefillTile } from "./prefill_wgsl.ts";
 import type { Batch } from "./wgsl.ts";
 
@@ -18,6 +19,8 @@ export interface Variant {
   turnK: number;
   /** Rows of N that a thread of a CodeGEMM decode kernel holds; by default as many as fit 256 threads. */
   codeRowsPerThread?: 4 | 8 | 16;
+  /** Threads of a CodeGEMM decode workgroup; by default as many as cover a row block. */
+  codeThreads?: number;
   /** Straight code in place of loops: faster on a GPU, many seconds to compile for a CPU. */
   unroll: boolean;
   /** Rows of N that a thread of a dense decode kernel holds. */
@@ -45,7 +48,18 @@ export function defaultVariant(software: boolean): Variant {
   };
 }
 
-/** Rows of N that a thread of a CodeGEMM decode kernel holds, so that 256 threads are enough. */
-export function rowsPerThread(order: CodeOrder): 4 | 8 {
-  return order.rowBlock <= 1024 ? 4 : 8;
+/**
+ * Threads of a CodeGEMM decode workgroup, and the rows of N that each holds; both together divide the
+ * row block. A dequantizing kernel of many rows has few registers left for rows of N.
+ */
+export function codeThreads(
+  order: CodeOrder,
+  family: NumericsProfile["decode"],
+  batch: Batch,
+  variant: Variant,
+): { threads: number; perThread: number } {
+  const fitting = family === "codegemm" || batch <= 2 ? (order.rowBlock <= 1024 ? 4 : 8) : 4;
+  const perThread = variant.codeRowsPerThread ?? fitting;
+  const threads = variant.codeThreads ?? largestDivisor(order.rowBlock / perThread, 256, 1);
+  return { threads, perThread };
 }
