@@ -4,8 +4,8 @@
 struct Params {
   count: u32,
   rate: f32,
-  unused_0: u32,
-  unused_1: u32,
+  first: u32, // of its gradient
+  unused: u32,
 }
 struct Step {
   factor: f32,
@@ -30,7 +30,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   if (at >= p.count) {
     return;
   }
-  let slope = gradient[at];
+  let slope = gradient[p.first + at];
   let moment = vec2(
     BETA_1 * moments[at].x + (1.0 - BETA_1) * slope,
     BETA_2 * moments[at].y + (1.0 - BETA_2) * slope * slope,

@@ -80,7 +80,7 @@ fn codebooks_back(
   let end = min(vectors, (group.x + 1u) * p.columns);
   for (var first = 0u; first < p.v; first += MAX_V) {
     let width = min(MAX_V, p.v - first);
-    var sum: array<f32, MAX_V>;
+    var sum = array<f32, MAX_V>();
     for (var start = group.x * p.columns; start < end; start += STRETCH) {
       workgroupBarrier();
       let vector = start + lane;

@@ -21,6 +21,7 @@ const BINDINGS = {
   distill: [1, 2, 4, 5],
   embed: [1, 2, 4],
   dot_product: [1, 2, 4],
+  damp: [4],
 } as const;
 
 type RowKernel = keyof typeof BINDINGS;
@@ -38,6 +39,7 @@ const GRID: Record<RowKernel, "row" | "element" | "line"> = {
   distill: "row",
   embed: "element",
   dot_product: "line",
+  damp: "line",
 };
 
 /** Sizes of a row-wise kernel; what `extra` and `value` mean is said in `rows.wgsl`. */

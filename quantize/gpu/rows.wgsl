@@ -220,8 +220,8 @@ fn difference(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation
   }
 }
 
-// Distillation (Hinton et al. 2015). in_0: the teacher's logits (rows, columns), in_1: next tokens as
-// float bits of their ids, all ones where none; value: the share of the next token in the loss.
+// Distillation (Hinton et al. 2015). in_0: the teacher's logits (rows, columns), in_1: ids of the next
+// tokens as floats, negative where there is none; value: the share of the next token in the loss.
 // out_0: the student's logits -> their gradient; out_1: divergence and next-token loss (rows, 2).
 @compute @workgroup_size(LANES)
 fn distill(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
@@ -246,11 +246,8 @@ fn distill(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
   }
   let log_sum = log(total(lane, sum)) + high;
   let log_sum_teacher = log(total(lane, sum_teacher)) + high_teacher;
-  let next = bitcast<u32>(in_1[row]);
-  var share = p.value;
-  if (next >= p.columns) {
-    share = 0.0;
-  }
+  let next = i32(in_1[row]);
+  let share = select(p.value, 0.0, next < 0);
   var divergence = 0.0;
   var loss = 0.0;
   for (var i = lane; i < p.columns; i += LANES) {
@@ -259,7 +256,7 @@ fn distill(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
     let teacher = exp(log_teacher);
     divergence += teacher * (log_teacher - log_student);
     var wanted = (1.0 - share) * teacher;
-    if (i == next) {
+    if (i32(i) == next) {
       wanted += share;
       loss = -log_student;
     }
@@ -273,12 +270,12 @@ fn distill(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
   }
 }
 
-// in_0: table (vocabulary, columns), in_1: token ids as float bits (rows) -> out_0: rows of the table.
+// in_0: table (vocabulary, columns), in_1: token ids as floats (rows) -> out_0: rows of the table.
 @compute @workgroup_size(LANES)
 fn embed(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
   let at = (group.x + group.y * LINE) * LANES + lane;
   if (at < p.rows * p.columns) {
-    out_0[at] = in_0[bitcast<u32>(in_1[at / p.columns]) * p.columns + at % p.columns];
+    out_0[at] = in_0[u32(in_1[at / p.columns]) * p.columns + at % p.columns];
   }
 }
 
@@ -296,5 +293,19 @@ fn dot_product(
   let all = total(lane, sum);
   if (lane == 0u) {
     out_0[group.x] = all;
+  }
+}
+
+// out_0 (columns, columns): value times the mean of the diagonal is added to the diagonal. One
+// workgroup.
+@compute @workgroup_size(LANES)
+fn damp(@builtin(local_invocation_index) lane: u32) {
+  var sum = 0.0;
+  for (var i = lane; i < p.columns; i += LANES) {
+    sum += out_0[i * p.columns + i];
+  }
+  let by = p.value * total(lane, sum) / f32(p.columns);
+  for (var i = lane; i < p.columns; i += LANES) {
+    out_0[i * p.columns + i] += by;
   }
 }

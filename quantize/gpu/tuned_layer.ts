@@ -1,0 +1,128 @@
+/**
+ * A layer whose codebooks, scales, norms and codes are being tuned: what it loads into a
+ * {@linkcode Block} before a forward, and how a backward's gradients change it.
+ *
+ * Codes follow a float copy of the weights that takes the gradient as if rounding were not there
+ * (straight-through estimation, Bengio et al. 2013; PV-Tuning, arXiv 2405.14852, compares ways to do
+ * this for codes): a code changes when the copy comes nearer to another centroid.
+ *
+ * @module
+ */
+import {
+  type CodeGemmFormat,
+  LINEAR_NAMES,
+  type LinearName,
+  linearShape,
+  type ModelConfig,
+} from "../../shared/model_config.ts";
+import type { Adam } from "./adam.ts";
+import type { Block } from "./block.ts";
+import { type CodedArrays, CodedMatrix } from "./coded_matrix.ts";
+import type { Operation, Recorder } from "./operation.ts";
+
+/** Rates of tuning, relative to the size of what is tuned; those of a block and of the model differ. */
+export interface TuneRates {
+  codebooks: number;
+  scales: number;
+  norms: number;
+  /** Of the float copy that codes follow; 0 leaves the codes as they are. */
+  codes: number;
+}
+
+/** A layer as plain arrays: matrices in codebook format, or float ones that are left alone. */
+export interface LayerArrays {
+  matrices: Record<LinearName, CodedArrays | Float32Array<ArrayBuffer>>;
+  norms: { input: Float32Array<ArrayBuffer>; post: Float32Array<ArrayBuffer> };
+}
+
+/** A layer on the GPU. */
+export interface TunedLayer {
+  /** Puts weights and norms into the block. */
+  load: Operation[];
+  /** Takes a step against the gradients that the block's backward left. */
+  update: Operation[];
+  arrays(): Promise<LayerArrays>;
+}
+
+/**
+ * Puts a layer on the GPU.
+ *
+ * @param tuning left out: the layer is only run
+ */
+export async function createTunedLayer(
+  recorder: Recorder,
+  block: Block,
+  config: ModelConfig,
+  format: CodeGemmFormat,
+  layer: LayerArrays,
+  tuning?: { adam: Adam; rates: TuneRates },
+): Promise<TunedLayer> {
+  const load: Operation[] = [], update: Operation[] = [];
+  const matrices = {} as Record<LinearName, () => Promise<CodedArrays | Float32Array<ArrayBuffer>>>;
+  for (const name of LINEAR_NAMES) {
+    const arrays = layer.matrices[name], shape = linearShape(config, name);
+    const { buffer, gradient, row } = block.matrices[name];
+    const [n, k] = shape;
+    if (arrays instanceof Float32Array) {
+      load.push(recorder.copy(recorder.upload(name, arrays), buffer, n * k, 0, row * k));
+      matrices[name] = () => Promise.resolve(arrays);
+      continue;
+    }
+    const matrix = new CodedMatrix(recorder, shape, format, arrays);
+    load.push(await matrix.dequantize(buffer, row));
+    matrices[name] = () => matrix.arrays();
+    if (!tuning) continue;
+    const { adam, rates } = tuning, { counts } = matrix;
+    const scaleSize = meanSquare(arrays.scales), bookSize = meanSquare(arrays.codebooks);
+    const back = await matrix.backward(gradient, row);
+    update.push(
+      ...back.operations,
+      await adam.update(
+        matrix.codebooks,
+        back.codebooks,
+        counts.codebooks,
+        rates.codebooks * bookSize,
+      ),
+      await adam.update(matrix.scales, back.scales, counts.scales, rates.scales * scaleSize),
+    );
+    if (rates.codes > 0) {
+      const copy = recorder.buffer("float copy", n * k);
+      recorder.run([await matrix.dequantize(copy, 0)]);
+      update.push(
+        await adam.update(copy, gradient, n * k, rates.codes * scaleSize * bookSize, row * k),
+        await matrix.nearest(copy, 1),
+      );
+    }
+  }
+  const norms = {} as Record<"input" | "post", GPUBuffer>;
+  for (const which of ["input", "post"] as const) {
+    const values = layer.norms[which];
+    norms[which] = recorder.upload(`${which} norm`, values);
+    load.push(recorder.copy(norms[which], block.norms[which], values.length));
+    if (!tuning) continue;
+    const rate = tuning.rates.norms * meanSquare(values);
+    const gradient = block.normGradients[which];
+    update.push(await tuning.adam.update(norms[which], gradient, values.length, rate));
+  }
+  return {
+    load,
+    update,
+    async arrays() {
+      const read = {} as LayerArrays["matrices"];
+      for (const name of LINEAR_NAMES) read[name] = await matrices[name]();
+      const { hiddenSize } = config;
+      return {
+        matrices: read,
+        norms: {
+          input: await recorder.floats(norms.input, hiddenSize),
+          post: await recorder.floats(norms.post, hiddenSize),
+        },
+      };
+    },
+  };
+}
+
+/** Root of the mean square. */
+function meanSquare(values: Float32Array): number {
+  return Math.sqrt(values.reduce((sum, value) => sum + value * value, 0) / values.length);
+}
