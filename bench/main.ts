@@ -51,6 +51,11 @@ const BENCHMARKS: Record<string, Benchmark> = {
     runner: "bench",
     what: "sampling over a vocabulary of 128256",
   },
+  model: {
+    file: "bench/model.ts",
+    runner: "run",
+    what: "a worker's stage of synthetic weights: decode, prefill, GPU, CPU (--shape llama-3-70b)",
+  },
   linear: {
     file: "kernels/linear/linear_bench.ts",
     runner: "run",

@@ -10,4 +10,4 @@ export { StageChain, stepBatch } from "./stage_chain.ts";
 export { StageModel } from "./stage_model.ts";
 export type { StageOutput, StageProgress, StageSpec, StageSteps, Ticket } from "./stage_spec.ts";
 export { warmUp } from "./warm_up.ts";
-export { WeightStore } from "./weights.ts";
+export { type MatrixSource, WeightStore } from "./weights.ts";

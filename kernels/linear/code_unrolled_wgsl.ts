@@ -184,12 +184,21 @@ export function unrolledDequantize(kernel: CodeKernel, lanes: BatchLanes): CodeB
     const [k, q] = [Math.floor(t / quads), t % quads];
     return {
       declaration: `var<workgroup> table${k}_${q}: array<vec4<f16>, ${256 * copies}>;`,
-      fill: spread(
-        256 * copies,
-        threads,
-        false,
-        `table${k}_${q}[i] = codebooks[((book * ${m}u + ${k}u) * 256u + i / ${copies}u) * ${quads}u + ${q}u];`,
-      ),
+      // Neighbouring lanes write different copies at a time, for the banks' sake too.
+      fill: times(Math.ceil(256 / threads), (set) =>
+        `if (lane + ${set * threads}u < 256u) {
+    let entry = lane + ${set * threads}u;
+    let centroid = codebooks[((book * ${m}u + ${k}u) * 256u + entry) * ${quads}u + ${q}u];
+${
+          times(
+            copies,
+            (c) =>
+              `    table${k}_${q}[entry * ${copies}u + ((lane + ${c}u) & ${
+                copies - 1
+              }u)] = centroid;`,
+          )
+        }
+  }`),
     };
   });
   const pairs = times(

@@ -6,7 +6,9 @@
 export { createLinear, linearScratchBytes } from "./linear.ts";
 export { isStackable, loadMatrix, loadStack, matrixBytes } from "./matrix.ts";
 export type { LoadOptions, StackMember } from "./matrix.ts";
+export { canStack } from "./order.ts";
 export { randomTensors } from "./random_tensors.ts";
+export { syntheticCodes, syntheticDense } from "./synthetic.ts";
 export type {
   Linear,
   LinearOptions,

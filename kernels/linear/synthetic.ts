@@ -92,16 +92,6 @@ export async function syntheticDense(
   return matrix;
 }
 
-/** Random float16 numbers of both signs, of about the given magnitude, into a whole buffer. */
-export function fillFloat16(
-  gpu: Gpu,
-  buffer: GPUBuffer,
-  magnitude: number,
-  seed: number,
-): Promise<void> {
-  return fillRandom(gpu, buffer, float16Pattern(magnitude, true), seed);
-}
-
 async function fillRandom(
   gpu: Gpu,
   buffer: GPUBuffer,
