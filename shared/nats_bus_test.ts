@@ -133,11 +133,12 @@ Deno.test("the NATS bus against a real server", async (t) => {
   await t.step("a server that is frozen is noticed, and found again when it goes on", async () => {
     server.signal("SIGSTOP");
     const frozenAt = performance.now();
-    await becomes(a, "disconnected");
+    await Promise.all([becomes(a, "disconnected"), becomes(b, "disconnected")]);
     const noticedMs = performance.now() - frozenAt;
     server.signal("SIGCONT");
     assertLess(noticedMs, 4000);
     await Promise.all([becomes(a, "connected"), becomes(b, "connected")]);
+    await b.flush();
     assertEquals(await a.request("t.double", bytes(4), 2000), bytes(8));
   });
 
