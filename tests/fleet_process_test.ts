@@ -72,6 +72,23 @@ async function stream(url: string, body: object): Promise<{ text: string; end: s
   return { text, end };
 }
 
+/**
+ * The command lines that still hold `word` after a while: a process that was forked to look for a
+ * tool has its parent's command line until it becomes that tool, and may outlive it for a moment.
+ */
+async function processesLeft(word: string): Promise<string[]> {
+  for (const deadline = performance.now() + 5_000;;) {
+    const left = await processesWith(word);
+    if (left.length === 0) return [];
+    if (performance.now() > deadline) {
+      return await Promise.all(
+        left.map((pid) => Deno.readTextFile(`/proc/${pid}/cmdline`).catch(() => pid)),
+      );
+    }
+    await new Promise((resolve) => setTimeout(resolve, 20));
+  }
+}
+
 /** The processes whose command line holds `word`. */
 async function processesWith(word: string): Promise<string[]> {
   const found: string[] = [];
