@@ -3,25 +3,10 @@
  *
  * @module
  */
-import {
-  allParts,
-  assertFinite,
-  checkFormat,
-  type Checkpoint,
-  codegemmTensors,
-  formatName,
-  toFloat16,
-  type WantedTensor,
-  wantedTensors,
-} from "../shared/checkpoint/mod.ts";
+import { assertFinite, type Checkpoint, formatName, toFloat16 } from "../shared/checkpoint/mod.ts";
 import type { Clock } from "../shared/clock.ts";
 import { FleetError } from "../shared/errors.ts";
-import {
-  type CodeGemmFormat,
-  DTYPE_BYTES,
-  LINEAR_NAMES,
-  type TensorInfo,
-} from "../shared/model_config.ts";
+import type { CodeGemmFormat } from "../shared/model_config.ts";
 import { seededRandom } from "../shared/random.ts";
 import {
   matrixBytes,
@@ -30,6 +15,7 @@ import {
   quantizeMatrix,
   type StoredMatrix,
 } from "./matrix.ts";
+import { copyFiles, planTensors, quantizedConfig, writeText } from "./output.ts";
 import { createShardWriter, type FileSink } from "./writer.ts";
 
 /** How a checkpoint is quantized. */
@@ -38,6 +24,8 @@ export interface QuantizeSettings extends MatrixSettings {
   seed: number;
   /** Matrices whose names contain one of these, at dots, stay float16 (`mlp.down_proj`, `layers.0`). */
   keep: readonly string[];
+  /** What becomes of a matrix whose shape does not suit the format; by default an error. */
+  fallback?: "float16";
   maxShardBytes: number;
 }
 
@@ -65,17 +53,6 @@ export interface QuantizeRun {
   onMatrix?(report: MatrixReport, done: number, total: number): void;
 }
 
-/** Files that are taken over as they are. */
-const COPIED = [
-  "tokenizer.json",
-  "tokenizer_config.json",
-  "special_tokens_map.json",
-  "chat_template.jinja",
-  "generation_config.json",
-] as const;
-
-const COPY_BYTES = 2 ** 24;
-
 /**
  * Quantizes every linear layer of a checkpoint; embedding, output head and norms become float16.
  *
@@ -92,7 +69,7 @@ export async function quantizeCheckpoint(
   if (checkpoint.config.codegemm) {
     throw new FleetError("bad-usage", "The checkpoint is in CodeGEMM format already");
   }
-  const plan = planTensors(checkpoint, format, settings.keep);
+  const plan = planTensors(checkpoint, format, settings.keep, settings.fallback);
   const total = plan.filter((item) => item.type === "quantize").length;
   if (total === 0) throw new FleetError("bad-usage", "--keep leaves no matrix to quantize");
   const writer = await createShardWriter(
@@ -142,70 +119,4 @@ export async function quantizeCheckpoint(
   await writeText(sink, "config.json", quantizedConfig(checkpoint.configJson, format));
   await writer.finish();
   return report;
-}
-
-type PlannedTensors =
-  | { type: "keep"; source: string; tensors: TensorInfo[] }
-  | { type: "quantize"; source: string; matrix: string; tensors: TensorInfo[] };
-
-/** What is read and what is written for it, in the order of the forward pass. */
-function planTensors(
-  checkpoint: Checkpoint,
-  format: CodeGemmFormat,
-  keep: readonly string[],
-): PlannedTensors[] {
-  const { config } = checkpoint;
-  const sources = new Map(
-    allParts(config).flatMap((part) => wantedTensors(config, part)).map((t) => [t.name, t.shape]),
-  );
-  return [...sources].map(([source, shape]): PlannedTensors => {
-    const matrix = source.replace(/\.weight$/, "");
-    const linear = LINEAR_NAMES.some((name) => matrix.endsWith(`.${name}`));
-    if (!linear || keep.some((part) => `.${matrix}.`.includes(`.${part}.`))) {
-      return { type: "keep", source, tensors: [stored({ name: source, shape, dtypes: ["F16"] })] };
-    }
-    const [n, k] = shape;
-    checkFormat(format, matrix, [n, k]);
-    const tensors = codegemmTensors(format, matrix, [n, k]).map(stored);
-    return { type: "quantize", source, matrix, tensors };
-  });
-}
-
-function stored({ name, shape, dtypes: [dtype] }: WantedTensor): TensorInfo {
-  const bytes = shape.reduce((product, size) => product * size, 1) * DTYPE_BYTES[dtype];
-  return { name, dtype, shape, bytes };
-}
-
-/** The config of the result: the original's, with the section that marks the format. */
-function quantizedConfig(configJson: string, { m, v, g, b }: CodeGemmFormat): string {
-  const config = JSON.parse(configJson);
-  // Transformers 4 calls it torch_dtype.
-  for (const key of ["dtype", "torch_dtype"]) if (key in config) config[key] = "float16";
-  config.codegemm = {
-    group_size: g,
-    vec_len: v,
-    num_codebooks: m,
-    nbits_per_codebook: b,
-    arch_config: {
-      layers_name: "layers",
-      model_name: "model",
-      module_names: LINEAR_NAMES,
-    },
-  };
-  return JSON.stringify(config, null, 2) + "\n";
-}
-
-async function copyFiles(checkpoint: Checkpoint, sink: FileSink): Promise<void> {
-  const names = new Set(await checkpoint.files.list());
-  for (const name of COPIED.filter((name) => names.has(name))) {
-    const size = await checkpoint.files.size(name);
-    for (let offset = 0; offset < size; offset += COPY_BYTES) {
-      const length = Math.min(COPY_BYTES, size - offset);
-      await sink.write(name, offset, await checkpoint.files.read(name, offset, length));
-    }
-  }
-}
-
-function writeText(sink: FileSink, name: string, text: string): Promise<void> {
-  return sink.write(name, 0, new TextEncoder().encode(text));
 }

@@ -12,7 +12,13 @@ import { half } from "./half.ts";
 import { matmul } from "./matmul.ts";
 import type { Operation, Recorder } from "./operation.ts";
 import { normWeightBack, rowwise } from "./rows.ts";
-import { createTunedLayer, type LayerArrays, type TunedLayer, type TuneRates } from "./tuned_layer.ts";
+import {
+  createTunedLayer,
+  type LayerArrays,
+  meanSquare,
+  type TunedLayer,
+  type TuneRates,
+} from "./tuned_layer.ts";
 
 /** The parts of a model around its layers, as float32. */
 export interface ModelEnds {
@@ -28,26 +34,29 @@ export interface TuneLoss {
   nextToken: number;
 }
 
-/** A model on the GPU, float or quantized, run over batches of whole sequences. */
+/** The layers of a model, run over batches of whole sequences: the teacher. */
 export class ModelRunner {
-  /** Float16 words of the last layer's output, two to a word, after {@linkcode run}. */
-  readonly hidden: GPUBuffer;
-  readonly hiddenWords: number;
-  protected readonly tokens: GPUBuffer;
+  readonly #recorder: Recorder;
+  readonly #operations: Operation[];
+  readonly #tokens: GPUBuffer;
+  readonly #hidden: GPUBuffer;
+  readonly #words: number;
 
-  protected constructor(
-    protected readonly recorder: Recorder,
-    protected readonly rows: number,
-    hiddenSize: number,
-    protected readonly operations: Operation[],
-    buffers: { tokens: GPUBuffer; hidden: GPUBuffer },
+  private constructor(
+    recorder: Recorder,
+    operations: Operation[],
+    tokens: GPUBuffer,
+    hidden: GPUBuffer,
+    words: number,
   ) {
-    this.hiddenWords = rows * hiddenSize / 2;
-    this.tokens = buffers.tokens;
-    this.hidden = buffers.hidden;
+    this.#recorder = recorder;
+    this.#operations = operations;
+    this.#tokens = tokens;
+    this.#hidden = hidden;
+    this.#words = words;
   }
 
-  /** A model that is only run: the teacher. */
+  /** Puts layers on the GPU and records them. */
   static async create(
     recorder: Recorder,
     config: ModelConfig,
@@ -70,15 +79,25 @@ export class ModelRunner {
       operations.push(recorder.copy(block.out, block.x, rows * hiddenSize));
     }
     operations.push(await half(recorder, "pack", block.x, hidden, rows * hiddenSize));
-    return new ModelRunner(recorder, rows, hiddenSize, operations, { tokens, hidden });
+    return new ModelRunner(recorder, operations, tokens, hidden, rows * hiddenSize / 2);
   }
 
   /** Runs token ids `(rows)` through the layers and reads their outputs, float16. */
   async run(tokens: Uint16Array | Uint32Array): Promise<Uint32Array<ArrayBuffer>> {
-    this.recorder.gpu.write(this.tokens, 0, Float32Array.from(tokens));
-    this.recorder.run(this.operations);
-    return await this.recorder.words(this.hidden, this.hiddenWords);
+    this.#recorder.gpu.write(this.#tokens, 0, Float32Array.from(tokens));
+    this.#recorder.run(this.#operations);
+    return await this.#recorder.words(this.#hidden, this.#words);
   }
+}
+
+/** What a step is fed with, and what it leaves. */
+interface TunerBuffers {
+  tokens: GPUBuffer;
+  next: GPUBuffer;
+  /** Float16 words. */
+  teacher: GPUBuffer;
+  losses: GPUBuffer;
+  finalNorm: GPUBuffer;
 }
 
 /** A quantized model being tuned. */
@@ -88,13 +107,7 @@ export class ModelTuner {
   readonly #operations: Operation[];
   readonly #layers: TunedLayer[];
   readonly #shape: BlockShape;
-  readonly #buffers: {
-    tokens: GPUBuffer;
-    next: GPUBuffer;
-    teacher: GPUBuffer;
-    losses: GPUBuffer;
-    finalNorm: GPUBuffer;
-  };
+  readonly #buffers: TunerBuffers;
   readonly #hiddenSize: number;
 
   private constructor(
@@ -103,7 +116,7 @@ export class ModelTuner {
     operations: Operation[],
     layers: TunedLayer[],
     shape: BlockShape,
-    buffers: ModelTuner["#buffers"],
+    buffers: TunerBuffers,
     hiddenSize: number,
   ) {
     this.#recorder = recorder;
@@ -213,7 +226,12 @@ export class ModelTuner {
         rows,
         hidden,
       ),
-      await adam.update(buffers.finalNorm, dnorm, hidden, rates.norms),
+      await adam.update(
+        buffers.finalNorm,
+        dnorm,
+        hidden,
+        rates.norms * meanSquare(ends.finalNorm),
+      ),
       recorder.copy(dlast, block.dout, rows * hidden),
     );
     for (let i = layers.length - 1; i >= 0; i--) {

@@ -123,6 +123,6 @@ export async function createTunedLayer(
 }
 
 /** Root of the mean square. */
-function meanSquare(values: Float32Array): number {
+export function meanSquare(values: Float32Array): number {
   return Math.sqrt(values.reduce((sum, value) => sum + value * value, 0) / values.length);
 }
