@@ -4,7 +4,7 @@
  * @module
  */
 import type { Bus } from "../shared/bus.ts";
-import type { Clock, Timer } from "../shared/clock.ts";
+import { type Clock, sleep, type Timer } from "../shared/clock.ts";
 import { FleetError, invariant, toFleetError } from "../shared/errors.ts";
 import { LIMITS } from "../shared/limits.ts";
 import { type PartName, stageParts } from "../shared/model_config.ts";
@@ -86,6 +86,9 @@ export interface LoadProgress {
   note: string;
 }
 
+/** The bus may lose a request or its answer, and a worker be away for a moment. */
+const ASK_TIMES = 5;
+const ASK_AGAIN_MS = 500;
 /** A worker that neither moves bytes nor gets ready for this long has failed. */
 const STALLED_AFTER_MS = 120_000;
 
@@ -133,12 +136,7 @@ export class Assignment {
         this.#fail(worker, new FleetError("unavailable", report.message));
         break;
       case "progress":
-        this.progress.set(worker, {
-          doneBytes: report.doneBytes,
-          totalBytes: report.totalBytes,
-          note: `loads ${report.part} from ${SOURCE_WORDS[report.from]}`,
-        });
-        this.#watch(worker);
+        this.#progressed(worker, report);
         break;
       case "gap":
         break;
@@ -153,16 +151,30 @@ export class Assignment {
     for (const timer of this.#stalled.values()) timer.cancel();
   }
 
+  #progressed(worker: string, report: Extract<StageReport, { type: "progress" }>): void {
+    const note = `loads ${report.part} from ${SOURCE_WORDS[report.from]}`;
+    const before = this.progress.get(worker);
+    const { doneBytes, totalBytes } = report;
+    this.progress.set(worker, { doneBytes, totalBytes, note });
+    // Saying the same again is no progress.
+    if (doneBytes !== before?.doneBytes || note !== before.note) this.#watch(worker);
+  }
+
+  /** Asks until an answer comes: a worker that has the request already just says so again. */
   async #ask(bus: Bus, subjects: Subjects, { worker, request }: AssignedStage): Promise<void> {
-    try {
-      const bytes = encodeControl(request);
-      const answer = await bus.request(subjects.ctl(worker), bytes, LIMITS.controlTimeoutMs);
-      const reply = decodeControl(ControlReply, answer);
-      if (reply.type === "refused") {
-        this.#fail(worker, new FleetError("unavailable", reply.reason));
+    const bytes = encodeControl(request);
+    for (let times = 1; !this.#over; times++) {
+      try {
+        const answer = await bus.request(subjects.ctl(worker), bytes, LIMITS.controlTimeoutMs);
+        const reply = decodeControl(ControlReply, answer);
+        if (reply.type !== "refused") return;
+        return this.#fail(worker, new FleetError("unavailable", `it refuses: ${reply.reason}`));
+      } catch (error) {
+        const failure = toFleetError(error);
+        const mayPass = failure.code === "nats" || failure.code === "timeout";
+        if (!mayPass || times >= ASK_TIMES) return this.#fail(worker, failure);
       }
-    } catch (error) {
-      this.#fail(worker, toFleetError(error));
+      await sleep(this.#clock, ASK_AGAIN_MS);
     }
   }
 

@@ -6,7 +6,7 @@
  * @module
  */
 import type { Bus } from "../shared/bus.ts";
-import type { Clock, Timer } from "../shared/clock.ts";
+import { type Clock, sleep, type Timer } from "../shared/clock.ts";
 import { FleetError, toFleetError } from "../shared/errors.ts";
 import { LIMITS } from "../shared/limits.ts";
 import type { ModelConfig, PartName } from "../shared/model_config.ts";
@@ -15,7 +15,7 @@ import { Assignment, type AssignmentOutcome, assignRequests } from "./assignment
 import { sendCanary } from "./canary.ts";
 import type { Engine, GenerateRequest, Readiness } from "./engine.ts";
 import { EventStream } from "./event_stream.ts";
-import { FleetLog, TokenRate } from "./fleet_log.ts";
+import { FleetLog, Rejections, TokenRate } from "./fleet_log.ts";
 import { fleetSnapshot } from "./fleet_snapshot.ts";
 import type { MembershipEvent } from "./membership.ts";
 import { Pipeline } from "./pipeline.ts";
@@ -56,6 +56,8 @@ export interface FleetOptions {
   log: (event: FleetEvent) => void;
 }
 
+/** What the workers should still hear at the end. */
+const FLUSH_WITHIN_MS = 1_000;
 const TICK_EVERY_MS = 50;
 /** Listeners of {@linkcode Engine.onChange} are called at most this often. */
 const NOTIFY_EVERY_MS = 250;
@@ -72,6 +74,7 @@ export class Fleet implements Engine {
   readonly #roster: Roster;
   readonly #streams = new Map<string, EventStream>();
   readonly #log: FleetLog;
+  readonly #rejections: Rejections;
   readonly #rate = new TokenRate();
   readonly #listeners = new Set<() => void>();
   #timer: Timer | null = null;
@@ -91,12 +94,14 @@ export class Fleet implements Engine {
   #preemptionsBefore = 0;
   #changed = true;
   #canary: Promise<Readiness> | null = null;
+  #stopped = false;
 
   constructor(options: FleetOptions) {
     const { config, id, createdUnix } = options.model;
     this.#options = options;
     this.#subjects = subjects(options.prefix);
     this.#log = new FleetLog(options.clock, options.log);
+    this.#rejections = new Rejections(this.#log);
     this.#roster = new Roster({
       bus: options.bus,
       clock: options.clock,
@@ -105,7 +110,8 @@ export class Fleet implements Engine {
       onReport: (worker, report) => this.#onReport(worker, report),
       onRestored: () => this.#considerNewcomers(),
       onReconnected: () => this.#pipeline?.reconnected(),
-      log: (level, text) => this.#log.add(level, text),
+      log: this.#log,
+      rejections: this.#rejections,
     });
     this.model = {
       id,
@@ -123,17 +129,25 @@ export class Fleet implements Engine {
     this.#tick();
   }
 
-  /** Ends every sequence with a clear error and lets the workers go; they keep their weights. */
+  /**
+   * Ends every sequence with a clear error and lets the workers go; they keep their weights. Takes a
+   * bounded time, whether the bus is there or not.
+   */
   async stop(): Promise<void> {
+    const { bus, clock } = this.#options;
+    this.#stopped = true;
     this.#timer?.cancel();
     this.#timer = null;
-    const error = new FleetError("unavailable", "The coordinator is shutting down");
-    this.#handle(this.#scheduler?.abortAll(error) ?? []);
     const { plan } = this.#plan ?? {};
     this.#dropPlan();
+    this.#note = "the coordinator is shutting down";
+    this.#abortAll("The coordinator is shutting down");
     for (const stage of plan?.stages ?? []) this.#roster.release(stage.worker);
     this.#roster.stop();
-    await this.#options.bus.flush();
+    if (bus.status !== "connected") return;
+    const enough = new AbortController();
+    await Promise.race([bus.flush(), sleep(clock, FLUSH_WITHIN_MS, enough.signal)]).catch(() => {});
+    enough.abort();
   }
 
   generate(request: GenerateRequest, signal: AbortSignal): EventStream {
@@ -198,35 +212,47 @@ export class Fleet implements Engine {
         tokensTotal: this.#rate.total,
         sequencesTotal: this.#sequencesTotal,
       },
+      dropped: this.#rejections.counts,
       events: this.#log.events,
     });
   }
 
-  /** The bus says that a worker's connection is gone, sooner than its beats could. */
-  disconnected(worker: string): void {
-    this.#roster.disconnected(worker);
+  /** The bus says that a connection of this name has ended, sooner than beats could tell. */
+  async disconnected(worker: string): Promise<void> {
+    await this.#roster.disconnected(worker);
   }
 
   // ── Workers ─────────────────────────────────────────────────────────────────────────────────
 
   #onMembership(event: MembershipEvent): void {
+    const { worker } = event;
     this.#changed = true;
     switch (event.type) {
       case "joined":
-        this.#log.add("info", `${event.worker} joined`);
+        this.#log.add("workers", "info", `${worker} joined`);
         this.#considerNewcomers();
         break;
       case "lost":
-      case "leaving": {
-        const what = event.type === "lost" ? `is lost: ${event.reason}` : "is leaving";
-        this.#log.add("warning", `${event.worker} ${what}`);
+        this.#log.add("workers", "warning", `${worker} is lost: ${event.reason}`);
+        if (!this.#serves(event)) break;
+        this.#roster.strike(worker);
+        this.#replanNow();
+        break;
+      case "leaving":
+        this.#log.add("workers", "warning", `${worker} is leaving`);
         if (this.#serves(event)) this.#replanNow();
         break;
-      }
       case "refused":
-        this.#log.add("warning", `${event.worker} is refused: ${event.reason}`);
+        this.#log.add("workers", "warning", `${worker} is refused: ${event.reason}`);
         break;
+      case "namesake": {
+        const text = `a second process calls itself ${worker} and is turned away: give it a --name`;
+        this.#log.add("workers", "warning", text);
+        break;
+      }
       case "changed":
+        // It serves or loads what an earlier plan, perhaps one that was called off, asked of it.
+        if (this.#plan && !this.#serves(event)) this.#roster.release(worker);
         break;
       default:
         event satisfies never;
@@ -236,9 +262,13 @@ export class Fleet implements Engine {
   #onReport(worker: string, report: StageReport): void {
     this.#changed = true;
     this.#assignment?.report(worker, report);
-    if (!this.#pipeline || report.epoch !== this.#pipeline.epoch) return;
-    if (report.type === "gap") this.#pipeline.gap(worker, report);
-    if (report.type === "failed") this.#workerFailed(worker, report.message);
+    if (report.type !== "gap" && report.type !== "failed") return;
+    const { instance } = report;
+    if (!this.#serves({ worker, instance }) || report.epoch !== this.#plan?.epoch) {
+      this.#rejections.count("stray-report");
+    } else if (!this.#pipeline) return;
+    else if (report.type === "gap") this.#pipeline.gap(worker, report);
+    else this.#workerFailed(worker, instance, report.message);
   }
 
   /** Whether the current plan gives this very process a stage. */
@@ -247,18 +277,30 @@ export class Fleet implements Engine {
     return stages.some((stage) => stage.worker === worker && stage.instance === instance);
   }
 
-  #workerFailed(worker: string, reason: string): void {
-    this.#log.add("error", `${worker} is left out for a while: ${reason}`);
-    this.#roster.exclude(worker, reason);
+  #workerFailed(worker: string, instance: string, reason: string): void {
+    this.#leaveOut(worker, instance, reason);
     this.#replanNow();
+  }
+
+  #leaveOut(worker: string, instance: string, reason: string): void {
+    const seconds = Math.round(this.#roster.exclude(worker, instance, reason) / 1000);
+    this.#log.add("workers", "error", `${worker} is left out for ${seconds} s: ${reason}`);
   }
 
   // ── Plans ───────────────────────────────────────────────────────────────────────────────────
 
-  /** Newcomers get a stage when there is no plan, or one of fewer stages than asked for. */
+  /**
+   * Newcomers get a stage when there is no plan, or one of fewer stages than asked for; those that
+   * come and go all the time only when there is none.
+   */
   #considerNewcomers(): void {
-    const stages = this.#plan?.plan.stages.length;
-    if (stages === undefined || stages < (this.#options.stages ?? 0)) this.#replanSoon(SETTLE_MS);
+    const placed = this.#plan?.plan.stages;
+    if (!placed) return this.#replanSoon(SETTLE_MS);
+    if (placed.length >= (this.#options.stages ?? 0)) return;
+    const names = new Set(placed.map(({ worker }) => worker));
+    const fresh = this.#roster.usable.map(({ card }) => card.worker)
+      .filter((worker) => !names.has(worker) && this.#roster.isSteady(worker));
+    if (fresh.length > 0) this.#replanSoon(SETTLE_MS);
   }
 
   #replanSoon(delayMs: number): void {
@@ -282,7 +324,7 @@ export class Fleet implements Engine {
     this.#replan()
       .catch((error) => {
         const { message } = toFleetError(error);
-        if (message !== this.#note) this.#log.add("error", message);
+        if (message !== this.#note) this.#log.add("plans", "error", message);
         this.#note = message;
         this.#replanSoon(SETTLE_MS);
       })
@@ -297,7 +339,7 @@ export class Fleet implements Engine {
     const members = this.#roster.usable;
     const wanted = this.#options.stages;
     if (members.length === 0) {
-      this.#note = this.#roster.anyExcluded ? "every worker has failed" : "no worker is there";
+      this.#note = this.#whyNobodyIsThere();
       return;
     }
     if (wanted !== null && members.length < wanted && !this.#scheduler) {
@@ -318,6 +360,7 @@ export class Fleet implements Engine {
       maxFrameBytes: Math.min(LIMITS.maxFrameBytes, this.#options.bus.maxPayloadBytes),
     });
     const epoch = await this.#options.nextEpoch();
+    if (this.#stopped) return;
     // While the epoch was made durable somebody may have gone.
     const allThere = plan.stages.every(({ worker, instance }) =>
       this.#roster.isPresent(worker, instance)
@@ -326,11 +369,19 @@ export class Fleet implements Engine {
     else this.#replanSoon(0);
   }
 
+  #whyNobodyIsThere(): string {
+    const { excluded } = this.#roster;
+    if (excluded.length === 0) return "no worker is there";
+    const reasons = excluded.slice(0, 3)
+      .map((member) => `${member.card.worker}: ${this.#roster.exclusion(member)}`);
+    return `every worker has failed (${reasons.join("; ")})`.slice(0, 1_000);
+  }
+
   #assign(epoch: number, plan: Plan): void {
     const { bus, clock, model, profile } = this.#options;
     this.#plan = { epoch, plan };
     this.#note = `${stagesOf(plan)} getting ready`;
-    this.#log.add("info", `epoch ${epoch}: ${plan.explanation.join("; ")}`);
+    this.#log.add("plans", "info", `epoch ${epoch}: ${plan.explanation.join("; ")}`);
     const placed = new Set(plan.stages.map(({ worker }) => worker));
     for (const { card } of this.#roster.members) {
       if (!placed.has(card.worker)) this.#roster.release(card.worker);
@@ -349,10 +400,11 @@ export class Fleet implements Engine {
   #assigned(outcome: AssignmentOutcome): void {
     this.#changed = true;
     this.#assignment = null;
-    if (outcome.type === "failed") {
-      return this.#workerFailed(outcome.worker, outcome.error.message);
-    }
     const { epoch, plan } = this.#plan!;
+    if (outcome.type === "failed") {
+      const { worker, instance } = plan.stages.find(({ worker }) => worker === outcome.worker)!;
+      return this.#workerFailed(worker, instance, outcome.error.message);
+    }
     const { bus, model } = this.#options;
     const config = schedulerConfig(plan, model.config.hiddenSize, bus.maxPayloadBytes);
     if (this.#scheduler) this.#handle(this.#scheduler.requeueAll(config));
@@ -365,19 +417,31 @@ export class Fleet implements Engine {
       epoch,
       workers,
       scheduler: this.#scheduler,
+      vocabSize: model.config.vocabSize,
       offsetsMs: () => workers.map((worker) => this.#roster.clockOffsetMs(worker)),
       onEvents: (events) => this.#handle(events),
-      onNote: (text) => this.#log.add("warning", text),
-      onFailed: (error) => this.#pipelineFailed(error),
+      onNote: (text) => this.#log.add("steps", "warning", text),
+      onFailed: (error, culprit) => this.#pipelineFailed(error, culprit),
+      rejections: this.#rejections,
     });
-    this.#withoutPipelineSinceMs = null;
     this.#note = `${stagesOf(plan)} serving`;
-    this.#log.add("info", `epoch ${epoch} serves`);
+    this.#log.add("plans", "info", `epoch ${epoch} serves`);
     this.#pipeline.pump();
   }
 
-  #pipelineFailed(error: FleetError): void {
-    this.#log.add("error", error.message);
+  /**
+   * Who is to blame is left out for a while. Where nobody knows, the same workers get a second chance;
+   * if no step comes through then either, all of them are left out.
+   */
+  #pipelineFailed(error: FleetError, culprit: string | null): void {
+    this.#log.add("plans", "error", error.message);
+    const { stages } = this.#plan!.plan;
+    const proven = this.#pipeline!.lastStepAtMs !== null;
+    for (const { worker, instance } of stages) {
+      if (culprit === null ? !proven : worker === culprit) {
+        this.#leaveOut(worker, instance, error.message);
+      }
+    }
     this.#replanNow();
   }
 
@@ -414,6 +478,8 @@ export class Fleet implements Engine {
   #tick(): void {
     const { clock } = this.#options;
     const nowMs = clock.nowMs();
+    this.#timer = clock.after(TICK_EVERY_MS, () => this.#tick());
+    this.#log.tick();
     this.#roster.tick();
     this.#pipeline?.tick();
     this.#giveUpIfDue(nowMs);
@@ -427,17 +493,25 @@ export class Fleet implements Engine {
       this.#lastNotifyMs = nowMs;
       for (const listener of this.#listeners) listener();
     }
-    this.#timer = clock.after(TICK_EVERY_MS, () => this.#tick());
   }
 
-  /** Sequences do not wait for ever for a pipeline that does not come back. */
+  /** Sequences do not wait for ever for a pipeline that does not come back, or brings nothing. */
   #giveUpIfDue(nowMs: number): void {
+    const pipeline = this.#pipeline;
+    if (pipeline && (pipeline.lastStepAtMs !== null || pipeline.stepsInFlight === 0)) {
+      this.#withoutPipelineSinceMs = null;
+    }
     const sinceMs = this.#withoutPipelineSinceMs;
-    if (sinceMs === null || !this.#scheduler || nowMs - sinceMs < RECOVER_WITHIN_MS) return;
-    // While a new plan loads, its own bounds apply.
-    if (this.#assignment) return;
+    if (sinceMs === null || nowMs - sinceMs < RECOVER_WITHIN_MS) return;
+    // While a new plan loads, or its first steps are on their way, their own bounds apply.
+    if (this.#assignment || pipeline) return;
+    this.#abortAll(`The fleet lost its pipeline and could not make another: ${this.#note}`);
+  }
+
+  /** Ends every sequence; new ones are refused until there is a pipeline again. */
+  #abortAll(message: string): void {
+    if (!this.#scheduler) return;
     this.#preemptionsBefore += this.#scheduler.stats.preemptions;
-    const message = `The fleet lost its pipeline and could not make another: ${this.#note}`;
     this.#handle(this.#scheduler.abortAll(new FleetError("unavailable", message)));
     this.#scheduler = null;
   }
@@ -445,7 +519,7 @@ export class Fleet implements Engine {
   #state(): FleetSnapshot["state"] {
     if (this.#pipeline) return "serving";
     if (this.#assignment) return "loading";
-    return this.#roster.anyExcluded ? "failed" : "waiting";
+    return this.#roster.excluded.length > 0 ? "failed" : "waiting";
   }
 }
 

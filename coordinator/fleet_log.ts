@@ -6,33 +6,99 @@
 import type { Clock } from "../shared/clock.ts";
 import type { FleetEvent } from "./snapshot.ts";
 
-/** Events remembered. */
-const EVENTS = 100;
+/**
+ * What an event is about. Each topic has its own room and its own pace, so that a flood of one kind
+ * (a bus that loses frames, somebody who sends rubbish) neither pushes out the others nor fills the log.
+ */
+export type Topic = "bus" | "workers" | "plans" | "steps" | "rejections";
+
+/** Events remembered of each topic. */
+const EVENTS_PER_TOPIC = 40;
+/** Events of a topic within a span; those beyond are only counted, and the count told at its end. */
+const EVENTS_PER_SPAN = 10;
+const SPAN_MS = 10_000;
+
 /** The span of {@linkcode TokenRate}. */
 const RATE_SPAN_MS = 5_000;
 const RATE_SLOT_MS = 100;
 
-/** The last {@linkcode EVENTS} events; each is also handed to `print` as it comes. */
+interface Room {
+  /** Newest first. */
+  events: (FleetEvent & { order: number })[];
+  spanEndsMs: number;
+  /** Events of this span, told or not. */
+  count: number;
+}
+
+/** The last events of each topic; what is remembered is also handed to `print` as it comes. */
 export class FleetLog {
-  #events: FleetEvent[] = [];
+  readonly #rooms = new Map<Topic, Room>();
   readonly #clock: Clock;
   readonly #print: (event: FleetEvent) => void;
+  #order = 0;
 
   constructor(clock: Clock, print: (event: FleetEvent) => void) {
     this.#clock = clock;
     this.#print = print;
   }
 
-  add(level: FleetEvent["level"], text: string): void {
-    const event = { atUnixMs: this.#clock.unixMs(), level, text };
-    this.#events.unshift(event);
-    if (this.#events.length > EVENTS) this.#events.pop();
-    this.#print(event);
+  add(topic: Topic, level: FleetEvent["level"], text: string): void {
+    let room = this.#rooms.get(topic);
+    if (!room) this.#rooms.set(topic, room = { events: [], spanEndsMs: 0, count: 0 });
+    this.#turn(topic, room);
+    room.count++;
+    if (room.count <= EVENTS_PER_SPAN) this.#tell(room, level, text);
+  }
+
+  /** To be called now and then: tells how many events a span that is over had beyond those told. */
+  tick(): void {
+    for (const [topic, room] of this.#rooms) this.#turn(topic, room);
   }
 
   /** Newest first. */
   get events(): FleetEvent[] {
-    return [...this.#events];
+    return [...this.#rooms.values()].flatMap(({ events }) => events)
+      .sort((a, b) => b.order - a.order)
+      .map(({ atUnixMs, level, text }) => ({ atUnixMs, level, text }));
+  }
+
+  /** Begins a new span when the old one is over. */
+  #turn(topic: Topic, room: Room): void {
+    const nowMs = this.#clock.nowMs();
+    if (nowMs < room.spanEndsMs) return;
+    const untold = room.count - EVENTS_PER_SPAN;
+    room.spanEndsMs = nowMs + SPAN_MS;
+    room.count = 0;
+    if (untold <= 0) return;
+    this.#tell(room, "warning", `${untold} more events about ${topic} in ${SPAN_MS / 1000} s`);
+  }
+
+  #tell(room: Room, level: FleetEvent["level"], text: string): void {
+    const event = { atUnixMs: this.#clock.unixMs(), level, text };
+    room.events.unshift({ ...event, order: this.#order++ });
+    if (room.events.length > EVENTS_PER_TOPIC) room.events.pop();
+    this.#print(event);
+  }
+}
+
+/** What was not taken, by reason: the coordinator's own, as workers count theirs in beats. */
+export class Rejections {
+  readonly counts: Record<string, number> = {};
+  readonly #log: FleetLog;
+
+  constructor(log: FleetLog) {
+    this.#log = log;
+  }
+
+  /** Counts one that the ordinary course of things brings: late, doubled, of an earlier plan. */
+  count(reason: string): void {
+    this.counts[reason] = (this.counts[reason] ?? 0) + 1;
+  }
+
+  /** Counts one that nobody should have sent, and says so in words. */
+  warn(reason: string, text: string): void {
+    this.count(reason);
+    this.#log.add("rejections", "warning", text.slice(0, 300));
   }
 }
 

@@ -31,6 +31,7 @@ export interface SnapshotParts {
     tokensTotal: number;
     sequencesTotal: number;
   };
+  dropped: Readonly<Record<string, number>>;
   events: FleetEvent[];
 }
 
@@ -79,6 +80,7 @@ export function fleetSnapshot(parts: SnapshotParts): FleetSnapshot {
       preemptionsTotal: load.preemptionsBefore + (load.stats?.preemptions ?? 0),
       reissuesTotal: load.reissuesBefore + (pipeline?.reissues ?? 0),
     },
+    dropped: { ...parts.dropped },
     events: parts.events,
   };
 }

@@ -104,10 +104,11 @@ export class PlanLatency {
     receivedAtMs: number,
     decodeOnly: boolean,
   ): void {
-    if (traces.length !== this.#stages.length) return;
+    if (traces.length !== this.#stages.length || !traces.every(isPlausible)) return;
     let sentAtMs = issuedAtMs;
     for (const [i, trace] of traces.entries()) {
-      const wireMs = Math.max(0, trace.receivedAtMs - offsetsMs[i] - sentAtMs);
+      const measuredMs = trace.receivedAtMs - offsetsMs[i] - sentAtMs;
+      const wireMs = Math.min(LONGEST_SPAN_MS, Math.max(0, measuredMs));
       this.#stages[i].add(trace, wireMs, receivedAtMs);
       sentAtMs = trace.sentAtMs - offsetsMs[i];
     }
@@ -134,6 +135,16 @@ export class PlanLatency {
     return this.#token.size === 0 ? null : this.#token.percentiles().p99;
   }
 }
+
+/** A worker whose clock jumps (or that lies) should not distort the figures for hundreds of steps. */
+function isPlausible(
+  { receivedAtMs, startedAtMs, gpuMs, readbackMs, sentAtMs }: StageTrace,
+): boolean {
+  const spans = [gpuMs, readbackMs, sentAtMs - receivedAtMs, Math.abs(startedAtMs - receivedAtMs)];
+  return spans.every((ms) => ms >= 0 && ms < LONGEST_SPAN_MS);
+}
+
+const LONGEST_SPAN_MS = 60 * 60_000;
 
 /** Samples of a round trip that are kept. */
 const PINGS = 16;

@@ -56,6 +56,8 @@ interface Unfinished<T> {
 const DEADLINE_LATENCIES = 4;
 /** The time allowed doubles this often at most: a pipeline that is dead should not take an hour. */
 const MOST_DOUBLINGS = 3;
+/** Attempts that reported gaps raise are at least this far apart, ms. */
+const MIN_GAP_SPACING_MS = 20;
 /** Weight of the newest latency in the running mean. */
 const LATENCY_WEIGHT = 0.1;
 
@@ -88,6 +90,7 @@ export class Ledger<T> {
   /** Attempts given up since a step last completed. */
   #barren = 0;
   #progressAtMs = 0;
+  #raisedAtMs = -Infinity;
   #meanLatencyMs = 0;
   #reissues = 0;
 
@@ -156,6 +159,16 @@ export class Ledger<T> {
   }
 
   /**
+   * When a gap may raise the attempt: the first at once, then no sooner than twice the pipeline's usual
+   * latency after the last attempt, and twice as long after each that brought nothing. So whoever
+   * reports gaps without end makes steps slower, but keeps none from completing.
+   */
+  get gapHeardMs(): number {
+    const spacingMs = Math.max(MIN_GAP_SPACING_MS, this.#meanLatencyMs);
+    return this.#raisedAtMs + spacingMs * 2 ** Math.min(this.#barren, MOST_DOUBLINGS);
+  }
+
+  /**
    * When the oldest step is overdue; null when nothing is in flight.
    *
    * The time allowed grows with the pipeline's usual latency, and doubles with every attempt that
@@ -184,6 +197,7 @@ export class Ledger<T> {
       return { type: "failed", error: new FleetError("unavailable", message) };
     }
     this.#attempt++;
+    this.#raisedAtMs = nowMs;
     this.#attemptBase = this.#base;
     this.#barren++;
     this.#reissues += this.#unfinished.length;

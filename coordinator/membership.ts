@@ -3,12 +3,14 @@
  *
  * A worker *process* is an instance; a restarted worker of the same name is another one. An instance
  * that was declared lost stays lost: its beats are ignored until it (or its successor) says hello
- * again with a card, and then it is a newcomer that serves no epoch.
+ * again with a card, and then it is a newcomer that serves no epoch. Of two processes that run under
+ * one name the one that came last counts; the other is told off once and not listened to while its
+ * successor lives, so that they do not take turns.
  *
  * @module
  */
 import { LIMITS } from "../shared/limits.ts";
-import { type Beat, PROTOCOL_VERSION, type WorkerCard } from "../shared/protocol.ts";
+import { type Beat, COORDINATOR, PROTOCOL_VERSION, type WorkerCard } from "../shared/protocol.ts";
 
 /** A worker as membership knows it. */
 export interface Member {
@@ -21,6 +23,8 @@ export interface Member {
   lastBeatAtMs: number;
   /** The latest beat; null before the first. */
   beat: Beat | null;
+  /** Processes of its name that were there when it came, newest first. */
+  replaced: readonly string[];
 }
 
 /** What changed. */
@@ -30,12 +34,15 @@ export type MembershipEvent =
   | { type: "lost"; worker: string; instance: string; reason: string }
   | { type: "leaving"; worker: string; instance: string }
   | { type: "refused"; worker: string; instance: string; reason: string }
+  /** A process that was replaced by another of its name is still there. Told once. */
+  | { type: "namesake"; worker: string; instance: string }
   /** The state a worker gives in its beats, or the epoch, is another than before. */
   | { type: "changed"; worker: string; instance: string };
 
 /** Bounds; {@linkcode LIMITS} by default. */
 export interface MembershipOptions {
   deadAfterMs?: number;
+  maxWorkers?: number;
   /** How long a lost worker stays in the picture. */
   forgetAfterMs?: number;
 }
@@ -43,11 +50,13 @@ export interface MembershipOptions {
 /** The workers of a fleet. */
 export class Membership {
   readonly #deadAfterMs: number;
+  readonly #maxWorkers: number;
   readonly #forgetAfterMs: number;
   #members = new Map<string, Member>();
 
   constructor(options: MembershipOptions = {}) {
     this.#deadAfterMs = options.deadAfterMs ?? LIMITS.deadAfterMs;
+    this.#maxWorkers = options.maxWorkers ?? LIMITS.maxWorkers;
     this.#forgetAfterMs = options.forgetAfterMs ?? 10 * 60_000;
   }
 
@@ -82,8 +91,14 @@ export class Membership {
       known.lastBeatAtMs = nowMs;
       return events;
     }
+    if (this.#isReplaced(worker, instance)) return this.#turnAway(known!, instance);
+    if (!known && !this.#makeRoom()) {
+      const reason = `The fleet has ${this.#maxWorkers} workers, and takes no more`;
+      return [{ type: "refused", worker, instance, reason }];
+    }
+    let replaced: string[] = [];
     if (known && known.state !== "lost") {
-      // Two processes of one name look the same from here: the newest one counts.
+      replaced = [known.card.instance, ...known.replaced].slice(0, MOST_REPLACED);
       events.push(this.#lose(known, "another process took its name"));
     }
     const reason = refusal(card);
@@ -94,6 +109,7 @@ export class Membership {
       joinedAtMs: nowMs,
       lastBeatAtMs: nowMs,
       beat: null,
+      replaced,
     });
     events.push(
       reason ? { type: "refused", worker, instance, reason } : { type: "joined", worker, instance },
@@ -109,6 +125,7 @@ export class Membership {
    */
   beat(beat: Beat, nowMs: number): MembershipEvent[] | null {
     const { worker, instance } = beat;
+    if (this.#isReplaced(worker, instance)) return [];
     if (!this.isPresent(worker, instance)) return null;
     const member = this.#members.get(worker)!;
     // Beats of one worker arrive in order; an older one can only be a double.
@@ -150,11 +167,39 @@ export class Membership {
     return events;
   }
 
+  /** Nobody could be heard until now: everyone present gets the whole time to beat again. */
+  grace(nowMs: number): void {
+    for (const member of this.#members.values()) {
+      if (member.state !== "lost") member.lastBeatAtMs = nowMs;
+    }
+  }
+
   /** When {@linkcode tick} next has something to say if nobody beats; null when nobody is there. */
   get nextTickMs(): number | null {
     const due = this.members.filter(({ state }) => state !== "lost")
       .map(({ lastBeatAtMs }) => lastBeatAtMs + this.#deadAfterMs);
     return due.length > 0 ? Math.min(...due) : null;
+  }
+
+  #isReplaced(worker: string, instance: string): boolean {
+    const member = this.#members.get(worker);
+    return member !== undefined && member.state !== "lost" && member.replaced.includes(instance);
+  }
+
+  /** A process whose name another one has taken over speaks. */
+  #turnAway(successor: Member, instance: string): MembershipEvent[] {
+    if (successor.note !== "") return [];
+    successor.note = "another process under this name was turned away: each needs its own --name";
+    return [{ type: "namesake", worker: successor.card.worker, instance }];
+  }
+
+  /** Whether there is a place for one more; who was lost first makes way. */
+  #makeRoom(): boolean {
+    if (this.#members.size < this.#maxWorkers) return true;
+    const lost = this.members.filter(({ state }) => state === "lost");
+    if (lost.length === 0) return false;
+    const longest = lost.reduce((a, b) => a.lastBeatAtMs <= b.lastBeatAtMs ? a : b);
+    return this.#members.delete(longest.card.worker);
   }
 
   #lose(member: Member, reason: string): MembershipEvent {
@@ -165,11 +210,17 @@ export class Membership {
   }
 }
 
+/** Earlier processes of a name that are remembered. */
+const MOST_REPLACED = 16;
+
 /** Why a worker cannot serve, or null. */
-function refusal(card: WorkerCard): string | null {
-  if (card.version !== PROTOCOL_VERSION) {
-    return `It speaks protocol version ${card.version}, the coordinator ${PROTOCOL_VERSION}; ` +
-      "run the same release on both";
-  }
-  return null;
+function refusal({ version, worker }: WorkerCard): string | null {
+  if (worker === COORDINATOR) return `The name ${COORDINATOR} is taken; give it another --name`;
+  return version === PROTOCOL_VERSION ? null : otherVersion(version);
+}
+
+/** Why a worker of another protocol version cannot serve. */
+export function otherVersion(version: number): string {
+  return `It speaks protocol version ${version}, the coordinator ${PROTOCOL_VERSION}; ` +
+    "run the same release on both";
 }

@@ -65,7 +65,7 @@ Deno.test("a restarted worker is another instance: the old one is lost", () => {
   const members = fleet();
   members.hello(card("a"), 0);
   assertEquals(members.hello(card("a", "i2"), 50).map(({ type }) => type), ["lost", "joined"]);
-  assertEquals(members.beat(beat("a", 5), 60), null, "a beat of the old process");
+  assertEquals(members.beat(beat("a", 5), 60), [], "a beat of the old process");
   assertEquals(members.beat(beat("a", 1, { instance: "i2" }), 60)?.length, 1);
 });
 
@@ -113,4 +113,43 @@ Deno.test("a lost worker is forgotten in time", () => {
   assertEquals(members.members.length, 1);
   members.tick(5000);
   assertEquals(members.members.length, 0);
+});
+
+Deno.test("of two processes of one name the one that came last counts, and they do not take turns", () => {
+  const members = fleet();
+  members.hello(card("a", "old"), 0);
+  assertEquals(members.hello(card("a", "new"), 10).map(({ type }) => type), ["lost", "joined"]);
+  assertEquals(members.beat(beat("a", 7, { instance: "old" }), 20), [], "no roll call for it");
+  assertEquals(members.hello(card("a", "old"), 30), [
+    { type: "namesake", worker: "a", instance: "old" },
+  ]);
+  assertEquals(members.hello(card("a", "old"), 40), [], "told once");
+  assertEquals(members.isPresent("a", "new"), true);
+  assertStringIncludes(members.get("a")!.note, "--name");
+  members.tick(800);
+  assertEquals(members.beat(beat("a", 8, { instance: "old" }), 810), null, "its successor is gone");
+  assertEquals(members.hello(card("a", "old"), 820).map(({ type }) => type), ["joined"]);
+});
+
+Deno.test("a worker cannot be called as the coordinator is", () => {
+  const [event] = fleet().hello(card("coordinator"), 0);
+  assertEquals(event.type, "refused");
+});
+
+Deno.test("past its bound the fleet takes no more workers, and forgets those it lost first", () => {
+  const members = new Membership({ deadAfterMs: 700, forgetAfterMs: 5000, maxWorkers: 2 });
+  members.hello(card("a"), 0);
+  members.hello(card("b"), 100);
+  assertEquals(members.hello(card("c"), 200).map(({ type }) => type), ["refused"]);
+  members.tick(750);
+  assertEquals(members.hello(card("c"), 760).map(({ type }) => type), ["joined"]);
+  assertEquals(members.members.map(({ card }) => card.worker), ["b", "c"]);
+});
+
+Deno.test("after an outage of our own nobody is dead who had no chance to be heard", () => {
+  const members = fleet();
+  members.hello(card("a"), 0);
+  members.grace(5_000);
+  assertEquals(members.tick(5_600), []);
+  assertEquals(members.tick(5_700).map(({ type }) => type), ["lost"]);
 });

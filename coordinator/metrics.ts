@@ -143,6 +143,9 @@ function fleetMetrics(registry: Registry) {
     used: gauge("worker_used_bytes", "GPU memory its stage takes", ["worker"]),
     workerState: gauge("worker_state", "1 for the state a worker is in", ["worker", "state"]),
     beatAge: gauge("worker_beat_age_ms", "Since a worker's last beat, ms", ["worker"]),
+    rejected: total("coordinator_dropped", "Frames and messages the coordinator did not take", [
+      "reason",
+    ]),
     dropped: total("worker_dropped_frames", "Frames a worker dropped", ["worker", "reason"]),
   };
 }
@@ -170,6 +173,9 @@ function setFleetMetrics(metrics: ReturnType<typeof fleetMetrics>, snapshot: Fle
   metrics.sequences.inc(load.sequencesTotal);
   metrics.preemptions.inc(load.preemptionsTotal);
   metrics.reissues.inc(load.reissuesTotal);
+  for (const [reason, count] of Object.entries(snapshot.dropped)) {
+    metrics.rejected.inc({ reason }, count);
+  }
   for (const stage of plan?.stages ?? []) setStageMetrics(metrics, stage);
   for (const { worker, memoryBytes, usedBytes, state, beatAgeMs, dropped } of snapshot.workers) {
     metrics.memory.set({ worker }, memoryBytes);

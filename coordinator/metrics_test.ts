@@ -20,6 +20,7 @@ Deno.test("the page counts what the fleet counts, however often it is asked", as
   const values = samples(page);
   assertEquals(values.get("fleet_tokens_drawn_total"), snapshot.load.tokensTotal);
   assertEquals(values.get("fleet_reissues_total"), snapshot.load.reissuesTotal);
+  assertEquals(values.get('fleet_coordinator_dropped_total{reason="duplicate"}'), 3);
   assertEquals(values.get('fleet_state{state="serving"}'), 1);
   assertEquals(values.get('fleet_state{state="failed"}'), 0);
   assertEquals(

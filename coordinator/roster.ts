@@ -7,7 +7,7 @@
 import type { z } from "zod";
 import type { Bus, BusMessage, Subscription } from "../shared/bus.ts";
 import type { Clock } from "../shared/clock.ts";
-import { toFleetError } from "../shared/errors.ts";
+import { FleetError } from "../shared/errors.ts";
 import { LIMITS } from "../shared/limits.ts";
 import {
   Beat,
@@ -15,13 +15,16 @@ import {
   type ControlRequest,
   decodeControl,
   encodeControl,
+  PROTOCOL_VERSION,
   type Subjects,
   WorkerCard,
+  WorkerIdentity,
   WorkerReport,
 } from "../shared/protocol.ts";
+import type { FleetLog, Rejections } from "./fleet_log.ts";
 import { ClockOffset } from "./latency.ts";
-import { type Member, Membership, type MembershipEvent } from "./membership.ts";
-import type { FleetEvent } from "./snapshot.ts";
+import { type Member, Membership, type MembershipEvent, otherVersion } from "./membership.ts";
+import { Probation } from "./probation.ts";
 
 /** A report that concerns an epoch. */
 export type StageReport = Exclude<WorkerReport, { type: "leaving" }>;
@@ -38,22 +41,22 @@ export interface RosterOptions {
   onRestored: () => void;
   /** The bus was away and is back. */
   onReconnected: () => void;
-  log: (level: FleetEvent["level"], text: string) => void;
+  log: FleetLog;
+  rejections: Rejections;
 }
 
 const PING_EVERY_MS = 1_000;
 const PING_TIMEOUT_MS = 900;
 const ROLL_CALL_EVERY_MS = 1_000;
-/** A worker that failed to serve is tried again after this. */
-const EXCLUDED_FOR_MS = 30_000;
+/** A connection that ended may have been replaced by a new one: whoever is there answers in this time. */
+const STILL_THERE_MS = 250;
 
 /** Who is there, and how far away. */
 export class Roster {
   readonly #options: RosterOptions;
   readonly #membership = new Membership();
   readonly #offsets = new Map<string, ClockOffset>();
-  /** Instances that failed to serve. */
-  readonly #excluded = new Map<string, { untilMs: number; reason: string }>();
+  readonly #probation = new Probation();
   #subscriptions: Subscription[] = [];
   #lastPingMs = -Infinity;
   #lastRollCallMs = -Infinity;
@@ -70,8 +73,9 @@ export class Roster {
       bus.subscribe(subjects.beat("*"), (message) => this.#beat(message)),
       bus.subscribe(subjects.report("*"), (message) => this.#report(message)),
       bus.onStatus((status) => {
-        log(status === "connected" ? "info" : "warning", `the bus is ${status}`);
+        log.add("bus", status === "connected" ? "info" : "warning", `the bus is ${status}`);
         if (status !== "connected") return;
+        this.#membership.grace(this.#options.clock.nowMs());
         this.#rollCall();
         onReconnected();
       }),
@@ -86,13 +90,12 @@ export class Roster {
 
   /** To be called some times a second. */
   tick(): void {
-    const nowMs = this.#options.clock.nowMs();
+    const { bus, clock, onRestored } = this.#options;
+    // Who hears nothing cannot tell who is silent.
+    if (bus.status !== "connected") return;
+    const nowMs = clock.nowMs();
     this.#tell(this.#membership.tick(nowMs));
-    for (const [instance, { untilMs }] of this.#excluded) {
-      if (nowMs < untilMs) continue;
-      this.#excluded.delete(instance);
-      this.#options.onRestored();
-    }
+    if (this.#probation.tick(nowMs)) onRestored();
     if (nowMs - this.#lastPingMs < PING_EVERY_MS) return;
     this.#lastPingMs = nowMs;
     for (const { card, state } of this.members) {
@@ -107,12 +110,12 @@ export class Roster {
 
   /** The workers that can be given a stage now. */
   get usable(): Member[] {
-    return this.#membership.usable.filter(({ card }) => !this.#excluded.has(card.instance));
+    return this.#membership.usable.filter((member) => this.exclusion(member) === null);
   }
 
-  /** Somebody is there, but was left out. */
-  get anyExcluded(): boolean {
-    return this.#membership.usable.some(({ card }) => this.#excluded.has(card.instance));
+  /** The workers that would serve, but are left out because they failed. */
+  get excluded(): Member[] {
+    return this.#membership.usable.filter((member) => this.exclusion(member) !== null);
   }
 
   /** Whether this very process is here, and not lost. */
@@ -121,21 +124,40 @@ export class Roster {
   }
 
   /** Why a member is left out for now; null when it is not. */
-  exclusion(member: Member): string | null {
-    return this.#excluded.get(member.card.instance)?.reason ?? null;
+  exclusion({ card }: Member): string | null {
+    return this.#probation.exclusion(card.worker, card.instance, this.#options.clock.nowMs());
   }
 
-  /** Leaves the process that now has this name out of plans for a while. */
-  exclude(worker: string, reason: string): void {
-    const instance = this.#membership.get(worker)?.card.instance;
-    if (!instance) return;
-    const untilMs = this.#options.clock.nowMs() + EXCLUDED_FOR_MS;
-    this.#excluded.set(instance, { untilMs, reason });
+  /** Whether a pipeline that works should take this worker in. */
+  isSteady(worker: string): boolean {
+    return this.#probation.isSteady(worker, this.#options.clock.nowMs());
   }
 
-  /** The bus says that a worker's connection is gone, sooner than its beats could. */
-  disconnected(worker: string): void {
-    this.#tell(this.#membership.disconnected(worker, "its connection to NATS ended"));
+  /** Leaves a process that failed out of plans for a while. @returns for how long, ms */
+  exclude(worker: string, instance: string, reason: string): number {
+    return this.#probation.failed(worker, instance, reason, this.#options.clock.nowMs());
+  }
+
+  /** Takes note that a worker was lost while it had a stage. */
+  strike(worker: string): void {
+    this.#probation.lost(worker, this.#options.clock.nowMs());
+  }
+
+  /**
+   * The bus says that a connection of this name has ended: sooner than beats could tell. But it may
+   * be an old connection of a worker that has a new one, or another process of its name; so whoever
+   * is there is asked, which costs milliseconds where nobody is.
+   */
+  async disconnected(worker: string): Promise<void> {
+    const { instance } = this.#membership.get(worker)?.card ?? {};
+    if (instance === undefined || !this.isPresent(worker, instance)) return;
+    try {
+      const sentAtMs = this.#options.clock.unixMs();
+      await this.#request(worker, { type: "ping", sentAtMs }, STILL_THERE_MS);
+    } catch {
+      if (!this.isPresent(worker, instance)) return;
+      this.#tell(this.#membership.disconnected(worker, "its connection to NATS ended"));
+    }
   }
 
   /** Median round trip of a ping; null before the first. */
@@ -160,14 +182,14 @@ export class Roster {
   }
 
   #hello(message: BusMessage): void {
-    const card = this.#parse(WorkerCard, message);
-    if (!card || card.worker !== speaker(message)) return;
+    const card = this.#parse(WorkerCard, message, () => this.#isOfAnotherRelease(message));
+    if (!card || !this.#isSpeaker(card, message)) return;
     this.#tell(this.#membership.hello(card, this.#options.clock.nowMs()));
   }
 
   #beat(message: BusMessage): void {
     const beat = this.#parse(Beat, message);
-    if (!beat || beat.worker !== speaker(message)) return;
+    if (!beat || !this.#isSpeaker(beat, message)) return;
     const events = this.#membership.beat(beat, this.#options.clock.nowMs());
     if (events === null) this.#rollCall();
     else this.#tell(events);
@@ -175,9 +197,11 @@ export class Roster {
 
   #report(message: BusMessage): void {
     const report = this.#parse(WorkerReport, message);
+    if (!report) return;
     const worker = speaker(message);
-    if (!report || !this.isPresent(worker, report.instance)) return;
-    if (report.type === "leaving") {
+    if (!this.isPresent(worker, report.instance)) {
+      this.#options.rejections.count("unknown-process");
+    } else if (report.type === "leaving") {
       this.#tell(this.#membership.leaving(worker, report.instance));
     } else {
       this.#options.onReport(worker, report);
@@ -216,19 +240,47 @@ export class Roster {
     return decodeControl(ControlReply, answer);
   }
 
-  /** A message at the door; a malformed one is logged and let go. */
-  #parse<T>(schema: z.ZodType<T>, message: BusMessage): T | null {
+  /**
+   * A message at the door; a malformed one is counted, told of and let go.
+   *
+   * @param isExplained whether there is nothing more to say about a malformed one
+   */
+  #parse<T>(schema: z.ZodType<T>, message: BusMessage, isExplained = () => false): T | null {
     try {
       return decodeControl(schema, message.data);
     } catch (error) {
-      const text = toFleetError(error).message.slice(0, 300);
-      this.#options.log("warning", `${message.subject}: ${text}`);
+      if (isExplained()) return null;
+      // Only what the door says: anything else is a defect of ours.
+      if (!(error instanceof FleetError)) throw error;
+      const text = `${message.subject.slice(0, 100)}: ${error.message}`;
+      this.#options.rejections.warn("malformed-message", text);
       return null;
     }
   }
+
+  /** A card that does not parse may be that of another release, which says so in the part all share. */
+  #isOfAnotherRelease(message: BusMessage): boolean {
+    try {
+      const { version, worker } = decodeControl(WorkerIdentity, message.data);
+      if (version === PROTOCOL_VERSION || worker !== speaker(message)) return false;
+      const text = `${worker} is refused: ${otherVersion(version)}`;
+      this.#options.rejections.warn("other-version", text);
+      return true;
+    } catch {
+      return false;
+    }
+  }
+
+  /** A worker speaks for itself only. */
+  #isSpeaker({ worker }: { worker: string }, message: BusMessage): boolean {
+    if (worker === speaker(message)) return true;
+    const text = `${message.subject.slice(0, 100)} speaks in the name of ${worker}`;
+    this.#options.rejections.warn("wrong-sender", text);
+    return false;
+  }
 }
 
-/** A worker speaks for itself only: its subject, which permissions guard, names it. */
+/** Who a message is from: its subject, which permissions guard, names the worker. */
 function speaker({ subject }: BusMessage): string {
   return subject.split(".").at(-1)!;
 }

@@ -102,5 +102,7 @@ export interface FleetSnapshot {
     preemptionsTotal: number;
     reissuesTotal: number;
   };
+  /** Frames and messages that the coordinator did not take, by reason, since its start. */
+  dropped: Record<string, number>;
   events: FleetEvent[];
 }

@@ -35,6 +35,12 @@ export const LIMITS = {
   /** Tokens that bias and penalties may name in all rows of a step together. */
   maxAdjustmentsPerStep: 131_072,
 
+  // ── Workers ──────────────────────────────────────────────────────────────────────────────────
+  /** Workers of a fleet, those lost lately too; one more is refused. */
+  maxWorkers: 256,
+  /** Reasons for dropped frames that a worker may count in its beats. */
+  maxDropReasons: 32,
+
   // ── Frames and messages ──────────────────────────────────────────────────────────────────────
   /** A frame on the wire, and the `max_payload` the fleet expects of NATS. */
   maxFrameBytes: 1 * MiB,

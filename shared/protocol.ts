@@ -57,6 +57,8 @@ export type Subjects = ReturnType<typeof subjects>;
 
 const u32 = z.number().int().min(0).max(0xffffffff);
 const count = z.number().int().min(0).max(Number.MAX_SAFE_INTEGER);
+/** A measured speed or time: what a lying card cannot make the planner overflow with. */
+const figure = z.number().max(1e15);
 const hex256 = z.string().regex(/^[0-9a-f]{64}$/);
 
 /** What a worker is: sent when it starts and at every roll call. */
@@ -79,17 +81,23 @@ export const WorkerCard = z.object({
   /** Short calibration with the real kernels. */
   calibration: z.object({
     /** Dense float16 weight bytes a decode step reads per millisecond. */
-    denseBytesPerMs: z.number().positive(),
+    denseBytesPerMs: figure.min(1e-3),
     /** CodeGEMM weight bytes a decode step reads per millisecond. */
-    codegemmBytesPerMs: z.number().positive(),
+    codegemmBytesPerMs: figure.min(1e-3),
     /** What a layer costs beside its weights, ms. */
-    overheadMsPerLayer: z.number().nonnegative(),
+    overheadMsPerLayer: figure.nonnegative(),
   }),
   /** Digests of parts on its disk or GPU already. */
   cachedParts: z.array(hex256).max(4096),
 });
 /** What a worker is. */
 export type WorkerCard = z.infer<typeof WorkerCard>;
+
+/**
+ * The part of a card that every version of the protocol shares, so that a worker of another release
+ * can be told apart from rubbish.
+ */
+export const WorkerIdentity = z.object({ version: z.number().int(), worker: Name, instance: Name });
 
 /** A sign of life, from a thread that never waits for the GPU. */
 export const Beat = z.object({
@@ -102,7 +110,10 @@ export const Beat = z.object({
   epoch: u32,
   state: z.enum(["idle", "loading", "serving", "failed"]),
   /** Frames dropped since the process started, by reason. */
-  dropped: z.record(z.string(), count),
+  dropped: z.record(z.string().max(64), count).refine(
+    (dropped) => Object.keys(dropped).length <= LIMITS.maxDropReasons,
+    `at most ${LIMITS.maxDropReasons} reasons`,
+  ),
 });
 /** A sign of life. */
 export type Beat = z.infer<typeof Beat>;
@@ -241,7 +252,9 @@ export function decodeControl<T>(schema: z.ZodType<T>, data: Uint8Array): T {
   }
   const parsed = schema.safeParse(json);
   if (!parsed.success) {
-    throw new FleetError("bad-frame", `A control message is malformed: ${parsed.error.message}`);
+    const [{ path, message }] = parsed.error.issues;
+    const where = path.length > 0 ? `${path.join(".").slice(0, 100)}: ` : "";
+    throw new FleetError("bad-frame", `A control message is malformed: ${where}${message}`);
   }
   return parsed.data;
 }

@@ -79,6 +79,7 @@ export function snapshotFixture(options: FixtureOptions = {}): FleetSnapshot {
       preemptionsTotal: measured ? 1 : 0,
       reissuesTotal: measured ? 2 : 0,
     },
+    dropped: measured ? { duplicate: 3 } : {},
     events: [
       { atUnixMs: nowUnixMs - 4_000, level: "info", text: `Epoch 7 over ${count} workers` },
       { atUnixMs: nowUnixMs - 9_000, level: "warning", text: "A frame was lost; attempt 2" },

@@ -16,22 +16,19 @@ export type Verdict =
   | { type: "refuse"; reason: string };
 
 /**
- * @param self the process, the highest epoch it was ever assigned (0 for none), and whether that one
- * is loading or serving now
+ * @param self the highest epoch this process was ever assigned (0 for none), and whether that one is
+ * loading or serving now
  */
 export function judgeAssignment(
-  self: { instance: string; epoch: number; busy: boolean },
+  self: { epoch: number; busy: boolean },
   assignment: AssignStage,
 ): Verdict {
-  const { version, instance, epoch, stage } = assignment;
+  const { version, epoch, stage } = assignment;
   if (version !== PROTOCOL_VERSION) {
     return refuse(
       `This worker speaks protocol ${PROTOCOL_VERSION}, the coordinator ${version}; ` +
         "run the same release on both",
     );
-  }
-  if (instance !== self.instance) {
-    return refuse(`The process ${instance} is gone; this one is ${self.instance}`);
   }
   if (epoch === self.epoch && self.busy) return { type: "known" };
   if (epoch <= self.epoch) {

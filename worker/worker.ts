@@ -98,6 +98,8 @@ export interface WorkerOptions<P> {
   log?: (line: string) => void;
 }
 
+/** A card may be large, and anybody may call the roll. */
+const HELLO_EVERY_MS = 200;
 /** Progress is told at most this often. */
 const PROGRESS_EVERY_MS = 200;
 
@@ -118,6 +120,8 @@ export class FleetWorker<P> {
   #outcome: WorkerReport | null = null;
   #beats = 0;
   #beatTimer: Timer | null = null;
+  #helloTimer: Timer | null = null;
+  #helloAtMs = -Infinity;
   #closed = false;
 
   constructor(options: WorkerOptions<P>) {
@@ -130,7 +134,7 @@ export class FleetWorker<P> {
     let connected = bus.status === "connected";
     this.#subscriptions = [
       bus.subscribe(subjects.ctl(card.worker), (message) => this.#control(message)),
-      bus.subscribe(subjects.call, () => this.#hello()),
+      bus.subscribe(subjects.call, () => this.#answerRollCall()),
       bus.onStatus((status) => {
         // What was said meanwhile is lost.
         if (status === "connected" && !connected) {
@@ -177,35 +181,35 @@ export class FleetWorker<P> {
     if (this.#closed) return;
     this.#closed = true;
     this.#beatTimer?.cancel();
+    this.#helloTimer?.cancel();
     for (const subscription of this.#subscriptions) subscription.unsubscribe();
     this.#stop();
   }
 
   #control({ data, respond }: BusMessage): void {
-    let reply: ControlReply;
+    let reply: ControlReply | null;
     try {
       reply = this.#answer(decodeControl(ControlRequest, data));
     } catch (error) {
       reply = refused(toFleetError(error).message);
     }
-    respond?.(encodeControl(reply));
+    if (reply) respond?.(encodeControl(reply));
   }
 
-  #answer(request: ControlRequest): ControlReply {
+  /** @returns null for an order that another process of this name is to answer */
+  #answer(request: ControlRequest): ControlReply | null {
     const { card, clock } = this.#options;
+    if (request.type !== "ping" && request.instance !== card.instance) return null;
     const ok: ControlReply = { type: "ok", nowMs: clock.unixMs() };
     switch (request.type) {
       case "ping":
         return ok;
       case "release":
-        if (request.instance !== card.instance) {
-          return refused(`The process ${request.instance} is gone; this one is ${card.instance}`);
-        }
         if (request.epoch === this.epoch) this.#release();
         return ok;
       case "assign": {
         const busy = this.#state === "loading" || this.#state === "serving";
-        const self = { instance: card.instance, epoch: this.#epoch, busy };
+        const self = { epoch: this.#epoch, busy };
         const verdict = judgeAssignment(self, request);
         if (verdict.type === "refuse") return refused(verdict.reason);
         if (verdict.type === "known") this.#repeatOutcome();
@@ -334,8 +338,20 @@ export class FleetWorker<P> {
     };
   }
 
+  /** However often the roll is called, cards follow each other at a decent distance. */
+  #answerRollCall(): void {
+    if (this.#helloTimer) return;
+    const { clock } = this.#options;
+    const delayMs = this.#helloAtMs + HELLO_EVERY_MS - clock.nowMs();
+    if (delayMs <= 0) return this.#hello();
+    this.#helloTimer = clock.after(delayMs, () => this.#hello());
+  }
+
   #hello(): void {
-    const { subjects, card, parts } = this.#options;
+    const { clock, subjects, card, parts } = this.#options;
+    this.#helloTimer?.cancel();
+    this.#helloTimer = null;
+    this.#helloAtMs = clock.nowMs();
     const cachedParts = parts.held().slice(0, MAX_CACHED_PARTS);
     const hello: WorkerCard = { ...card, cachedParts };
     this.#publish(subjects.hello(card.worker), hello);

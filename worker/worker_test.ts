@@ -173,7 +173,7 @@ Deno.test("a worker says hello when it joins, at every roll call, and after a re
   await scene.advance(1);
   assertEquals(scene.cards, [{ ...CARD, cachedParts: [digest(7)] }]);
   scene.coordinator.publish(FLEET.call, new Uint8Array());
-  await scene.advance(2);
+  await scene.advance(200);
   assertEquals(scene.cards.length, 2);
   scene.bus.cut();
   await scene.advance(10);
@@ -224,7 +224,6 @@ Deno.test("an assignment that cannot be is refused with the reason", async () =>
   };
   const half = { index: 0, stages: 2, from: 0, to: 1, first: true, last: false };
   assertStringIncludes(await reason({ version: 99 }), "speaks protocol");
-  assertStringIncludes(await reason({ instance: "w0-0" }), "w0-0 is gone");
   assertStringIncludes(await reason({ config: "{" }), "configuration");
   assertStringIncludes(await reason({ stage: { ...half, to: 3 } }), "has 2 layers");
   assertStringIncludes(await reason({ stage: { ...half, last: true } }), "cannot hold");
@@ -237,6 +236,29 @@ Deno.test("an assignment that cannot be is refused with the reason", async () =>
   assertStringIncludes(await reason({}, 3), "not newer than 4");
   assertEquals(await reason({}, 4), "accepted");
   assertEquals(scene.loads.length, 1);
+});
+
+Deno.test("orders for another process of its name are left to that one to answer", async () => {
+  const scene = new Scene();
+  const answers = [
+    scene.ask(assignment(4, { instance: "w0-0" })),
+    scene.ask({ type: "release", instance: "w0-0", epoch: 4 }),
+  ].map((answer) => answer.then(() => "answered", (error: FleetError) => error.code));
+  await scene.advance(20_000);
+  assertEquals(await Promise.all(answers), ["timeout", "timeout"]);
+  assertEquals(scene.worker.state, "idle");
+});
+
+Deno.test("a roll that is called without end is answered at a decent distance", async () => {
+  const scene = new Scene();
+  await scene.advance(1_000);
+  const before = scene.cards.length;
+  for (let i = 0; i < 1_000; i++) {
+    scene.coordinator.publish(FLEET.call, new Uint8Array([i]));
+    await scene.advance(1);
+  }
+  const cards = scene.cards.length - before;
+  assertEquals(cards >= 4 && cards <= 6, true, `${cards} cards in a second`);
 });
 
 Deno.test("a newer epoch replaces one that serves, and one that still loads", async () => {
