@@ -115,8 +115,15 @@ class LocalFleet {
     const colored = Deno.stdout.isTerminal() && !Deno.noColor
       ? `\x1b[${COLORS[index % COLORS.length]}m${label}\x1b[0m`
       : label;
-    console.log(`${colored} | ${line}`);
+    printLine(`${colored} | ${line}`);
   }
+}
+
+/** Prints even where nobody reads any more: a closed terminal must not keep us from cleaning up. */
+function printLine(line: string): void {
+  try {
+    Deno.stdout.writeSync(new TextEncoder().encode(`${line}\n`));
+  } catch { /* the reader is gone */ }
 }
 
 /** Whether WebGPU finds nothing but a software adapter here. */
@@ -162,7 +169,7 @@ async function main(): Promise<void> {
   const software = await onlySoftware();
   const names = Array.from({ length: values.workers }, (_, i) => `worker-${i + 1}`);
   const fleet = new LocalFleet(["coordinator", ...names], values.verbose);
-  for (const signal of ["SIGINT", "SIGTERM"] as const) {
+  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
     Deno.addSignalListener(signal, () => fleet.end());
   }
   let failure: FleetError | null = null;
@@ -211,7 +218,7 @@ async function startAll(
   const url = `http://127.0.0.1:${apiPort}`;
   if (!await untilReady(url, fleet)) return;
   const { data: [model] } = await (await fetch(`${url}/v1/models`)).json();
-  console.log(
+  printLine(
     `ready: ${url}/ shows the fleet; try: curl -N ${url}/v1/chat/completions ` +
       `-H 'content-type: application/json' -d '${
         JSON.stringify({
