@@ -13,6 +13,7 @@ import { parseFlags, runCommand } from "../shared/flags.ts";
 import type { StepBatch } from "../shared/frames.ts";
 import { LIMITS } from "../shared/limits.ts";
 import { type CodeGemmFormat, type ModelConfig, stageParts } from "../shared/model_config.ts";
+import { type KernelTime, timeKernels } from "./kernel_times.ts";
 import { syntheticMatrices, syntheticTensors } from "./synthetic_model.ts";
 
 const LLAMA_3 = {
@@ -150,6 +151,16 @@ class Bench {
     };
   }
 
+  /** What each kernel of a decode step takes. */
+  async profile(gpu: Gpu, rows: number, context: number): Promise<KernelTime[]> {
+    const hidden = this.#spec.first
+      ? null
+      : new Uint16Array(rows * this.#spec.config.hiddenSize).fill(0x3400);
+    return await timeKernels(gpu, async () => {
+      await this.#model.finish(this.#model.submit(this.decodeBatch(rows, context), hidden));
+    });
+  }
+
   #pagesOf(sequence: number): Uint32Array {
     const each = this.#pagesPerSequence;
     return Uint32Array.from({ length: each }, (_, i) => sequence * each + i);
@@ -228,6 +239,7 @@ async function main(): Promise<void> {
       context: { type: "integer", default: 1024, min: 1, help: "positions before a decode step" },
       prompt: { type: "integer", default: 512, min: 0, help: "rows of a prefill step; 0 for none" },
       steps: { type: "integer", default: 24, min: 1, help: "measured decode steps" },
+      kernels: { type: "boolean", help: "also time each kernel of a decode step by itself" },
       software: { type: "boolean", help: "run on the CPU where there is no GPU" },
       out: { type: "path", help: "a file for the figures as JSON" },
     },
@@ -276,6 +288,7 @@ async function main(): Promise<void> {
   console.log(HEADER);
   const bench = new Bench(model, spec);
   const measurements: Measurement[] = [];
+  const kernels: Record<number, KernelTime[]> = {};
   const take = (measurement: Measurement) => {
     measurements.push(measurement);
     console.log(line(measurement));
@@ -286,11 +299,20 @@ async function main(): Promise<void> {
       await bench.measure("decode", context, steps, (i) => bench.decodeBatch(rows, context + i)),
     );
   }
+  for (const rows of values.kernels ? batches : []) {
+    kernels[rows] = await bench.profile(gpu, rows, values.context);
+    console.log(`\n${rows} decode rows, by kernel:        us  dispatches`);
+    for (const { kernel, microseconds, dispatches } of kernels[rows]) {
+      console.log(
+        `${kernel.padEnd(40)} ${microseconds.toFixed(1).padStart(9)} ${dispatches}`,
+      );
+    }
+  }
   if (values.prompt > 0) {
     take(await bench.measure("prefill", 0, 3, () => bench.prefillBatch(values.prompt, 0)));
   }
   if (values.out !== undefined) {
-    const report = { adapter: gpu.info, settings: values, loadSeconds, measurements };
+    const report = { adapter: gpu.info, settings: values, loadSeconds, measurements, kernels };
     await Deno.writeTextFile(values.out, JSON.stringify(report, null, 2) + "\n");
   }
   model.destroy();

@@ -11,11 +11,20 @@
 import type { HeadShape } from "./kv_layout.ts";
 import { PAGE_TOKENS, transformerWgsl } from "./inputs.ts";
 
-/** Lanes of a decode workgroup: one per position of a split. */
-export const SPLIT_TOKENS = 8 * PAGE_TOKENS;
+/** Positions of a split of the context: few, so that one long context fills a large GPU. */
+export const SPLIT_TOKENS = 2 * PAGE_TOKENS;
 
-/** Most query heads of one KV head that a decode workgroup serves; each has 32 lanes in reductions. */
-const MAX_HEAD_TILE = SPLIT_TOKENS / 32;
+/** Lanes of a decode workgroup. */
+const DECODE_LANES = 256;
+
+/** Lanes that reduce the scores of a head. */
+const SHARERS = 8;
+
+/** Most query heads of one KV head that a decode workgroup serves. */
+const MAX_HEAD_TILE = 8;
+
+/** Loads that are under way together in loops over dimensions and positions. */
+const UNROLL = 8;
 
 /** Lanes that share a row in a prefill workgroup. */
 const ROW_LANES = 16;
@@ -26,7 +35,7 @@ const WORKGROUP_BYTES = 15 * 1024;
 /** Query heads of one KV head that share a decode workgroup. */
 export function headTile({ group, paddedDim }: HeadShape): number {
   const bytesPerHead = 4 * (paddedDim + SPLIT_TOKENS);
-  const fit = Math.floor((WORKGROUP_BYTES - 4 * SPLIT_TOKENS) / bytesPerHead);
+  const fit = Math.floor((WORKGROUP_BYTES - 4 * MAX_HEAD_TILE * SHARERS) / bytesPerHead);
   return Math.max(1, Math.min(group, MAX_HEAD_TILE, fit));
 }
 
@@ -69,12 +78,18 @@ fn query_quad(row: u32, head: u32, quad: u32) -> vec4<f32> {
  */
 export function decodeSplitWgsl(shape: HeadShape): string {
   const tile = headTile(shape);
+  const quads = shape.paddedDim / 4;
+  const teams = DECODE_LANES / SPLIT_TOKENS;
+  const perTeam = Math.ceil(tile / teams);
+  const unroll = [UNROLL, 4, 2, 1].find((u) => quads % u === 0)!;
+  const each = SPLIT_TOKENS / SHARERS;
   return transformerWgsl(/* wgsl */ `
 ${headConstants(shape)}
 const TILE = ${tile}u;
 const TILES = ${Math.ceil(shape.group / tile)}u;
-const LANES = ${SPLIT_TOKENS}u;
-const SHARERS = 32u; // lanes that reduce one head
+const LANES = ${DECODE_LANES}u;
+const SPLIT = ${SPLIT_TOKENS}u;
+const SHARERS = ${SHARERS}u;
 
 struct Batch {
   first_row: u32,
@@ -90,9 +105,9 @@ struct Batch {
 // (rows of the batch, heads, splits, 1 + QUADS): maximum and sum, then the weighted values.
 @group(0) @binding(6) var<storage, read_write> partials: array<vec4<f32>>;
 
-var<workgroup> queries: array<vec4<f32>, ${tile * shape.paddedDim / 4}>; // (TILE, QUADS)
-var<workgroup> scores: array<f32, ${tile * SPLIT_TOKENS}>; // (TILE, LANES)
-var<workgroup> reduced: array<f32, ${SPLIT_TOKENS}>; // (heads, SHARERS)
+var<workgroup> queries: array<vec4<f32>, ${tile * quads}>; // (TILE, QUADS)
+var<workgroup> scores: array<f32, ${tile * SPLIT_TOKENS}>; // (TILE, SPLIT)
+var<workgroup> reduced: array<f32, ${tile * SHARERS}>; // (TILE, SHARERS)
 
 @compute @workgroup_size(LANES)
 fn main(
@@ -101,11 +116,11 @@ fn main(
 ) {
   let row_index = batch.first_row + workgroup.z;
   let row = rows[row_index];
-  let start = workgroup.x * LANES;
+  let start = workgroup.x * SPLIT;
   if (start > row.position) {
     return;
   }
-  let length = min(LANES, row.position - start + 1u);
+  let length = min(SPLIT, row.position - start + 1u);
   let kv_head = workgroup.y / TILES;
   let first_in_group = (workgroup.y % TILES) * TILE;
   let first_head = kv_head * GROUP + first_in_group;
@@ -118,51 +133,61 @@ fn main(
   }
   workgroupBarrier();
 
-  // A lane's position against all heads: each key is read once.
-  ${times(tile, (h) => `var score${h} = LOWEST;`)}
-  if (lane < length) {
-    ${times(tile, (h) => `score${h} = 0.0;`)}
-    let page = page_tables[row.page_table + (start + lane) / PAGE_TOKENS];
-    var at = (page * KV_HEADS + kv_head) * QUADS * PAGE_TOKENS + lane % PAGE_TOKENS;
-    for (var quad = 0u; quad < QUADS; quad++) {
-      let key = vec4<f32>(keys[at]);
-      at += PAGE_TOKENS;
-      ${times(tile, (h) => `score${h} += dot(key, queries[${h}u * QUADS + quad]);`)}
+  // A lane takes one position against the heads of its team.
+  let position = lane % SPLIT;
+  let team_head = lane / SPLIT * ${perTeam}u;
+  ${times(perTeam, (h) => `var score${h} = LOWEST;`)}
+  if (position < length) {
+    ${times(perTeam, (h) => `score${h} = 0.0;`)}
+    ${times(perTeam, (h) => `let query${h} = min(team_head + ${h}u, TILE - 1u) * QUADS;`)}
+    let page = page_tables[row.page_table + (start + position) / PAGE_TOKENS];
+    let at = (page * KV_HEADS + kv_head) * QUADS * PAGE_TOKENS + position % PAGE_TOKENS;
+    for (var quad = 0u; quad < QUADS; quad += ${unroll}u) {
+      ${times(unroll, (u) => `let key${u} = vec4<f32>(keys[at + (quad + ${u}u) * PAGE_TOKENS]);`)}
+      ${
+    times(unroll, (u) =>
+      times(perTeam, (h) =>
+        `score${h} += dot(key${u}, queries[query${h} + quad + ${u}u]);`))
+  }
     }
   }
-  ${times(tile, (h) => `scores[${h}u * LANES + lane] = score${h};`)}
+  ${
+    times(perTeam, (h) =>
+      `if (team_head + ${h}u < TILE) { scores[(team_head + ${h}u) * SPLIT + position] = score${h}; }`)
+  }
   workgroupBarrier();
 
-  // The softmax of each head, by its 32 lanes: 8 positions each, then the 32 in order.
+  // The softmax of each head, by its sharers: every eighth position each, then the sharers in order.
   let head = lane / SHARERS;
   let sharer = lane % SHARERS;
+  let own = head * SPLIT + sharer;
   var maximum = LOWEST;
   if (head < TILE) {
-    for (var i = sharer; i < LANES; i += SHARERS) {
-      maximum = max(maximum, scores[head * LANES + i]);
-    }
-  }
-  reduced[lane] = maximum;
-  workgroupBarrier();
-  for (var i = 0u; i < SHARERS; i++) {
-    maximum = max(maximum, reduced[head * SHARERS + i]);
+    ${times(each, (i) => `maximum = max(maximum, scores[own + ${i * SHARERS}u]);`)}
+    reduced[lane] = maximum;
   }
   workgroupBarrier();
-  var sum = 0.0;
   if (head < TILE) {
-    for (var i = sharer; i < length; i += SHARERS) {
-      let weight = exp(scores[head * LANES + i] - maximum);
-      scores[head * LANES + i] = weight;
-      sum += weight;
-    }
+    ${times(SHARERS, (i) => `maximum = max(maximum, reduced[head * SHARERS + ${i}u]);`)}
   }
-  reduced[lane] = sum;
+  workgroupBarrier();
+  if (head < TILE) {
+    var sum = 0.0;
+    ${
+    times(each, (i) =>
+      `{
+      let at = own + ${i * SHARERS}u;
+      let weight = select(0.0, exp(scores[at] - maximum), sharer + ${i * SHARERS}u < length);
+      scores[at] = weight;
+      sum += weight;
+    }`)
+  }
+    reduced[lane] = sum;
+  }
   workgroupBarrier();
   if (head < heads_here && sharer == 0u) {
     var total = 0.0;
-    for (var i = 0u; i < SHARERS; i++) {
-      total += reduced[head * SHARERS + i];
-    }
+    ${times(SHARERS, (i) => `total += reduced[lane + ${i}u];`)}
     partials[partial_index(workgroup, first_head + head)] = vec4<f32>(maximum, total, 0.0, 0.0);
   }
 
@@ -173,11 +198,16 @@ fn main(
     var weighted = vec4<f32>();
     for (var first = 0u; first < length; first += PAGE_TOKENS) {
       let page = page_tables[row.page_table + (start + first) / PAGE_TOKENS];
-      var at = (page * KV_HEADS + kv_head) * PAGE_TOKENS * QUADS + quad;
-      let end = min(first + PAGE_TOKENS, length);
-      for (var position = first; position < end; position++) {
-        weighted += scores[value_head * LANES + position] * vec4<f32>(values[at]);
-        at += QUADS;
+      let at = (page * KV_HEADS + kv_head) * PAGE_TOKENS * QUADS + quad;
+      let scored = value_head * SPLIT + first;
+      let count = min(PAGE_TOKENS, length - first);
+      var p = 0u;
+      for (; p + ${UNROLL - 1}u < count; p += ${UNROLL}u) {
+        ${times(UNROLL, (u) => `let value${u} = vec4<f32>(values[at + (p + ${u}u) * QUADS]);`)}
+        ${times(UNROLL, (u) => `weighted += scores[scored + p + ${u}u] * value${u};`)}
+      }
+      for (; p < count; p++) {
+        weighted += scores[scored + p] * vec4<f32>(values[at + p * QUADS]);
       }
     }
     partials[partial_index(workgroup, first_head + value_head) + 1u + quad] = weighted;
@@ -196,7 +226,8 @@ export function decodeJoinWgsl(shape: HeadShape): string {
 const HEADS = ${shape.heads}u;
 const HEAD_DIM = ${shape.headDim}u;
 const QUADS = ${shape.paddedDim / 4}u;
-const LANES = ${SPLIT_TOKENS}u;
+const SPLIT = ${SPLIT_TOKENS}u;
+const LOWEST = -3.0e38f;
 
 struct Batch {
   first_row: u32,
@@ -216,19 +247,35 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
   let head = id.x / QUADS;
   let quad = id.x % QUADS;
   let row = batch.first_row + id.y;
-  let splits = rows[row].position / LANES + 1u;
+  let splits = rows[row].position / SPLIT + 1u;
   let first = (id.y * HEADS + head) * batch.splits * (1u + QUADS);
-  var maximum = partials[first].x;
-  for (var split = 1u; split < splits; split++) {
-    maximum = max(maximum, partials[first + split * (1u + QUADS)].x);
+  // A split past the last one is read as the last, and weighs nothing.
+  let last = first + (splits - 1u) * (1u + QUADS);
+  var maximum = LOWEST;
+  for (var split = 0u; split < splits; split += ${UNROLL}u) {
+    ${
+    times(
+      UNROLL,
+      (u) => `let m${u} = partials[min(first + (split + ${u}u) * (1u + QUADS), last)].x;`,
+    )
+  }
+    ${times(UNROLL, (u) => `maximum = max(maximum, m${u});`)}
   }
   var sum = 0.0;
   var weighted = vec4<f32>();
-  for (var split = 0u; split < splits; split++) {
-    let at = first + split * (1u + QUADS);
-    let share = exp(partials[at].x - maximum);
-    sum += share * partials[at].y;
-    weighted += share * partials[at + 1u + quad];
+  for (var split = 0u; split < splits; split += ${UNROLL}u) {
+    ${
+    times(UNROLL, (u) =>
+      `let at${u} = min(first + (split + ${u}u) * (1u + QUADS), last);
+    let head${u} = partials[at${u}].xy;
+    let value${u} = partials[at${u} + 1u + quad];`)
+  }
+    ${
+    times(UNROLL, (u) =>
+      `let share${u} = select(0.0, exp(head${u}.x - maximum), split + ${u}u < splits);
+    sum += share${u} * head${u}.y;
+    weighted += share${u} * value${u};`)
+  }
   }
   for (var i = 0u; i < 4u; i++) {
     let dim = quad * 4u + i;
