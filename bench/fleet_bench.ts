@@ -72,7 +72,7 @@ async function withFleet<T>(
       args: [
         ...taskArgs(denoJson.tasks, "coordinator"),
         ...[...common, "--name", "synthetic", "--port", String(apiPort)],
-        ...["--stages", String(stages), "--context", String(values.context)],
+        ...["--no-upload", "--stages", String(stages), "--context", String(values.context)],
         ...["--sequences", String(Math.max(...clients(values)))],
       ],
       cwd: ROOT.pathname,

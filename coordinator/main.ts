@@ -24,7 +24,7 @@ import { natsLeaseStore } from "./nats_lease.ts";
 import type { FleetEvent } from "./snapshot.ts";
 
 /** The kernels' order of operations; raised when a kernel changes it. */
-const PROFILE_VERSION = 1;
+const PROFILE_VERSION = 2;
 /** How long running answers may take to hear that the coordinator goes. */
 const GOODBYE_MS = 1_000;
 
@@ -101,6 +101,11 @@ const COMMAND = {
       env: "CODEGEMM_STAGES",
       min: 1,
       help: "wait for this many workers, and use all of them",
+    },
+    "no-upload": {
+      type: "boolean",
+      env: "CODEGEMM_NO_UPLOAD",
+      help: "keep the weights out of the object store: every worker has --model",
     },
     decode: {
       type: "string",
@@ -196,6 +201,7 @@ async function main(): Promise<void> {
       name: values.name,
       connection,
       bucket: names.bucket,
+      upload: !values["no-upload"],
       log: (line) => console.log(line),
     });
     const fleet = new Fleet({

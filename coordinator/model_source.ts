@@ -19,6 +19,8 @@ export interface PublishOptions {
   connection: NatsConnection;
   /** `subjects(prefix).bucket` */
   bucket: string;
+  /** False: every worker has the checkpoint on its own disk. */
+  upload: boolean;
   log: (line: string) => void;
 }
 
@@ -26,7 +28,7 @@ export interface PublishOptions {
 const PROGRESS_EVERY_MS = 2_000;
 
 /**
- * Hashes the checkpoint, uploads what the store lacks, and says what the fleet serves.
+ * Hashes the checkpoint, uploads what the store lacks (unless told not to), and says what the fleet serves.
  *
  * @throws FleetError as `describeParts` and `publishParts` do
  */
@@ -42,17 +44,19 @@ export async function publishModel(
   const manifest = await describeParts(checkpoint, {
     onProgress: (doneBytes) => hashed({ doneBytes, totalBytes }),
   });
-  const published = await publishParts({
-    connection,
-    bucket,
-    tensors: checkpoint,
-    model: manifest,
-    onProgress: progressLine((line) => log(`${id}: uploading ${line}`)),
-  });
-  log(
-    `${id}: ${size(published.totalBytes)} in the object store, ` +
-      `${size(published.uploadedBytes)} of it new`,
-  );
+  if (options.upload) {
+    const published = await publishParts({
+      connection,
+      bucket,
+      tensors: checkpoint,
+      model: manifest,
+      onProgress: progressLine((line) => log(`${id}: uploading ${line}`)),
+    });
+    log(
+      `${id}: ${size(published.totalBytes)} in the object store, ` +
+        `${size(published.uploadedBytes)} of it new`,
+    );
+  }
   const { config, configJson } = checkpoint;
   return {
     id,
