@@ -248,10 +248,11 @@ function addPairs(kernel: CodeKernel, lanes: BatchLanes, position: number, r: nu
   return times(lanes.vectors, (j) => {
     const sums = Array.from({ length: lanes.lanes }, (_, l) => {
       const pair = `pair${r}_${j * lanes.lanes + l}`;
-      return `${pair}.x + ${pair}.y`;
+      return `f32(${pair}.x + ${pair}.y)`;
     }).join(", ");
-    return `{ let sum${r}_${j} = ${lanes.lanes === 1 ? sums : `${lanes.type("f16")}(${sums})`};\n` +
-      addGroup(lanes, scaleOf(kernel, position, r), r, j) + " }";
+    const type = lanes.type("f32");
+    const factor = splat(lanes, "f32", scaleOf(kernel, position, r));
+    return `acc${r}_${j} = fma(${factor}, ${type}(${sums}), acc${r}_${j});`;
   });
 }
 

@@ -19,7 +19,7 @@ import { prefillBytes, prefillThreads, prefillWgsl } from "./prefill_wgsl.ts";
 import { reduceColumns, reduceWgsl } from "./reduce_wgsl.ts";
 import type { Linear, LinearOptions, Matrix, MatrixBlock, MatrixShape } from "./types.ts";
 import type { Variant } from "./variant.ts";
-import { codeThreads, defaultVariant } from "./variant.ts";
+import { codeThreads, defaultVariant, familyBatches } from "./variant.ts";
 import type { Batch, Params, Target } from "./wgsl.ts";
 import { PARAM_BYTES, PARAM_WORDS, RANGE_CODES } from "./wgsl.ts";
 
@@ -193,7 +193,8 @@ async function planDecode(
   const bindings = order.kind === "code" ? CODE_BINDINGS : DENSE_BINDINGS;
 
   const pipelines: DecodePlan["pipelines"] = [];
-  for (const batch of variant.batches) {
+  const family = order.kind === "dense" ? "dense" : options.profile.decode;
+  for (const batch of familyBatches(variant, family)) {
     const made = batch <= chunkRows ? decodeCode(options, variant, batch, target) : null;
     if (made === null) continue;
     const { code, columns } = made;
@@ -261,7 +262,13 @@ function decodeCode(
     return { code, columns: order.rowBlock };
   }
   invariant(format !== null, "a code order has a format");
-  const { threads, perThread } = codeThreads(order, profile.decode, batch, variant);
+  const { threads, perThread } = codeThreads(
+    order,
+    profile.decode,
+    batch,
+    variant,
+    limits.maxComputeInvocationsPerWorkgroup,
+  );
   const vectorInput = input.stride % 4 === 0 && input.offset % 4 === 0 && format.v % 4 === 0;
   const kernel: CodeKernel = {
     family: profile.decode,

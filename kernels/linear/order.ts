@@ -22,17 +22,24 @@ export interface Tuning {
   unitK: number;
   /** Workgroups a decode dispatch should have at one row, to fill a large GPU. */
   wantedWorkgroups: number;
-  /** Rows of N in the largest row block, a multiple of 256: what one workgroup covers. */
+  /** Rows of N in the largest row block, a multiple of 256. */
   maxRowBlock: number;
+  /** From this many rows of N on there are fewer, taller workgroups: Psumbooks cost less then. */
+  wideN: number;
+  wideWorkgroups: number;
+  wideRowBlock: number;
   /** K that a dense split has at least. */
   denseMinSplitK: number;
 }
 
-/** The tuning of profile version 1. */
+/** The tuning of profile version 2. */
 export const DEFAULT_TUNING: Tuning = {
   unitK: 64,
   wantedWorkgroups: 640,
-  maxRowBlock: 2048,
+  maxRowBlock: 1024,
+  wideN: 16384,
+  wideWorkgroups: 396,
+  wideRowBlock: 2048,
   denseMinSplitK: 512,
 };
 
@@ -126,17 +133,20 @@ export function codeOrder(
     Math.max(1, Math.floor(FLOAT16_SUM_K / format.v)),
     1,
   );
-  const blocks = Math.ceil(n / tuning.maxRowBlock);
+  const wide = n >= tuning.wideN;
+  const maxRowBlock = wide ? tuning.wideRowBlock : tuning.maxRowBlock;
+  const blocks = Math.ceil(n / maxRowBlock);
   const rowBlock = members.length === 1
     ? roundUp(Math.ceil(n / blocks), ROW_BLOCK_STEP)
-    : largestDivisor(members.reduce(gcd), tuning.maxRowBlock, ROW_BLOCK_STEP);
+    : largestDivisor(members.reduce(gcd), maxRowBlock, ROW_BLOCK_STEP);
+  const wanted = wide ? tuning.wideWorkgroups : tuning.wantedWorkgroups;
   return {
     kind: "code",
     unitPositions,
     groupPositions,
     scalePositions,
     rowBlock,
-    ...splitUnits(positions / unitPositions, Math.ceil(n / rowBlock), 1, tuning),
+    ...splitUnits(positions / unitPositions, Math.ceil(n / rowBlock), 1, wanted),
   };
 }
 
@@ -149,13 +159,13 @@ export function denseOrder([n, k]: MatrixShape, tuning: Tuning = DEFAULT_TUNING)
       Math.ceil(k / DENSE_TILE_K),
       Math.ceil(n / DENSE_ROW_BLOCK),
       Math.ceil(tuning.denseMinSplitK / DENSE_TILE_K),
-      tuning,
+      tuning.wantedWorkgroups,
     ),
   };
 }
 
-function splitUnits(units: number, rowBlocks: number, minUnits: number, tuning: Tuning) {
-  const wanted = Math.max(1, Math.ceil(tuning.wantedWorkgroups / rowBlocks));
+function splitUnits(units: number, rowBlocks: number, minUnits: number, workgroups: number) {
+  const wanted = Math.max(1, Math.ceil(workgroups / rowBlocks));
   const perSplit = Math.min(units, Math.max(minUnits, Math.ceil(units / wanted)));
   const splits = Math.ceil(units / perSplit);
   return { units, splitUnits: perSplit, splits, slices: splits > 16 ? 8 : 1 };

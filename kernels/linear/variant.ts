@@ -48,18 +48,32 @@ export function defaultVariant(software: boolean): Variant {
   };
 }
 
+/** Rows of a step from which on a CodeGEMM Psumbook takes more registers than it saves work. */
+const MAX_PSUMBOOK_BATCH = 4;
+
+/** The batches of a decode kernel of this family. */
+export function familyBatches(
+  { batches }: Variant,
+  family: NumericsProfile["decode"] | "dense",
+): Batch[] {
+  return batches.filter((batch) => family !== "codegemm" || batch <= MAX_PSUMBOOK_BATCH);
+}
+
 /**
  * Threads of a CodeGEMM decode workgroup, and the rows of N that each holds; both together divide the
- * row block. A dequantizing kernel of many rows has few registers left for rows of N.
+ * row block. Dequantizing kernels hold fewer rows of N: a pair of chains for each.
  */
 export function codeThreads(
   order: CodeOrder,
   family: NumericsProfile["decode"],
   batch: Batch,
   variant: Variant,
+  maxThreads: number,
 ): { threads: number; perThread: number } {
-  const fitting = family === "codegemm" || batch <= 2 ? (order.rowBlock <= 1024 ? 4 : 8) : 4;
-  const perThread = variant.codeRowsPerThread ?? fitting;
-  const threads = variant.codeThreads ?? largestDivisor(order.rowBlock / perThread, 256, 1);
+  const tall = family === "codegemm" && order.rowBlock >= 1024;
+  const perThread = variant.codeRowsPerThread ?? (tall ? 8 : 4);
+  const wanted = family === "codegemm" || batch === 8 ? 256 : 512;
+  const most = Math.min(wanted, maxThreads);
+  const threads = variant.codeThreads ?? largestDivisor(order.rowBlock / perThread, most, 1);
   return { threads, perThread };
 }
