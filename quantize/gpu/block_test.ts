@@ -38,8 +38,7 @@ function layerReference({ matrices, norms }: Weights, x: Float64Array): Float64A
   for (let sequence = 0; sequence < SEQUENCES; sequence++) {
     const rows = Array.from(
       { length: TOKENS },
-      (_, t) =>
-        x.subarray((sequence * TOKENS + t) * HIDDEN, (sequence * TOKENS + t + 1) * HIDDEN),
+      (_, t) => x.subarray((sequence * TOKENS + t) * HIDDEN, (sequence * TOKENS + t + 1) * HIDDEN),
     );
     const normed = rows.map((row) => rmsNormReference(row, norms.input, config.rmsNormEps));
     const split = (name: LinearName, turn: boolean) =>
@@ -114,7 +113,8 @@ Deno.test("a layer's forward and backward agree with plain loops and their finit
     assertLess(relative(await recorder.floats(block.out, x.length), out), 1e-5);
 
     // The loss is <dout, out>: its derivative along a random direction, by central differences.
-    const loss = () => layerReference(weights, x).reduce((sum, value, i) => sum + value * dout[i], 0);
+    const loss = () =>
+      layerReference(weights, x).reduce((sum, value, i) => sum + value * dout[i], 0);
     const along = (parameters: Float64Array) => {
       const direction = normal(parameters.length, 1), kept = parameters.slice(), step = 1e-5;
       const shifted = (by: number) => {

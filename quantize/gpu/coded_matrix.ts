@@ -7,7 +7,7 @@
 import { invariant } from "../../shared/errors.ts";
 import type { CodeGemmFormat } from "../../shared/model_config.ts";
 import CODE from "./codes.wgsl" with { type: "text" };
-import { lineWorkgroups, LINE_WORKGROUPS, type Operation, type Recorder } from "./operation.ts";
+import { LINE_WORKGROUPS, lineWorkgroups, type Operation, type Recorder } from "./operation.ts";
 import { reduce } from "./rows.ts";
 
 /** Codes, codebooks and scales of a matrix as plain arrays. */

@@ -144,8 +144,10 @@ fn main(
   let row = origin_row + ty * 4u;
   let left = origin_column + tx * 4u;
   ${
-    rows.map((r) => `put(row + ${(r >> 2) * 64 + (r & 3)}u, left, batch, c${r}l);
-  put(row + ${(r >> 2) * 64 + (r & 3)}u, left + 64u, batch, c${r}r);`).join("\n  ")
+    rows.map((r) =>
+      `put(row + ${(r >> 2) * 64 + (r & 3)}u, left, batch, c${r}l);
+  put(row + ${(r >> 2) * 64 + (r & 3)}u, left + 64u, batch, c${r}r);`
+    ).join("\n  ")
   }
 }
 `;
@@ -202,11 +204,16 @@ export async function matmul(recorder: Recorder, request: MatmulRequest): Promis
 function product(recorder: Recorder, request: MatmulRequest): Promise<Operation> {
   const { label, a, b, c, m, n, k, batch = 1, add, transposeA = false, transposeB = false } =
     request;
-  const numbers = [m, n, k, ...[a, b, c].flatMap((view) => [
-    view.stride,
-    view.offset ?? 0,
-    view.batchStride ?? 0,
-  ])];
+  const numbers = [
+    m,
+    n,
+    k,
+    ...[a, b, c].flatMap((view) => [
+      view.stride,
+      view.offset ?? 0,
+      view.batchStride ?? 0,
+    ]),
+  ];
   invariant(numbers.every((number) => number % 4 === 0), `${label} is made of quads: ${numbers}`);
   return recorder.dispatch({
     label,

@@ -59,9 +59,10 @@ export function rowwise(
   buffers: GPUBuffer[],
   { rows = 1, columns, extra = 0, value = 0, workgroups }: RowSizes,
 ): Promise<Operation> {
-  const grid = workgroups ?? (GRID[kernel] === "row"
-    ? [Math.min(rows, LINE_WORKGROUPS), Math.ceil(rows / LINE_WORKGROUPS)] as const
-    : lineWorkgroups(GRID[kernel] === "element" ? rows * columns : columns));
+  const grid = workgroups ??
+    (GRID[kernel] === "row"
+      ? [Math.min(rows, LINE_WORKGROUPS), Math.ceil(rows / LINE_WORKGROUPS)] as const
+      : lineWorkgroups(GRID[kernel] === "element" ? rows * columns : columns));
   return recorder.dispatch({
     label: kernel,
     code: CODE,

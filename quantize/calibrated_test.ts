@@ -1,0 +1,135 @@
+import { assert, assertEquals, assertLess, assertRejects, assertThrows } from "@std/assert";
+import { Gpu } from "../kernels/gpu.ts";
+import { checkpointFiles, randomTensors, TINY_CONFIG } from "../shared/checkpoint/fixture.ts";
+import { memorySource, openCheckpoint } from "../shared/checkpoint/mod.ts";
+import { VirtualClock } from "../shared/clock.ts";
+import { FleetError } from "../shared/errors.ts";
+import { randomInt, seededRandom } from "../shared/random.ts";
+import { type CalibratedRun, type CalibratedSettings, quantizeCalibrated } from "./calibrated.ts";
+import { batches, cutSequences } from "./calibration_text.ts";
+import { parseFormat } from "./format.ts";
+import { memoryWork } from "./work_files.ts";
+
+const FORMAT = parseFormat("m1v4g16");
+const SETTINGS: CalibratedSettings = {
+  fitRounds: 2,
+  fitSteps: 10,
+  blockSteps: 4,
+  sampleGroups: 32,
+  modelSteps: 34,
+  rates: { codebooks: 0.003, scales: 0.003, norms: 0.001, codes: 0.02 },
+  nextTokenShare: 0.1,
+  seed: 1,
+  batchSequences: 2,
+  blockSequences: 8,
+  keep: [],
+  maxShardBytes: 2 ** 20,
+};
+
+const random = seededRandom(8);
+const TEXT = cutSequences(
+  Uint16Array.from({ length: 16 * 12 }, () => randomInt(random, 64)),
+  16,
+  2,
+  64,
+);
+const openTiny = () =>
+  openCheckpoint(memorySource(checkpointFiles(TINY_CONFIG, randomTensors(TINY_CONFIG))));
+
+async function withRun(
+  work: (run: CalibratedRun, files: Map<string, Uint8Array<ArrayBuffer>>) => Promise<void>,
+): Promise<void> {
+  const gpu = await Gpu.open({ software: true, limits: "default" });
+  try {
+    const files = new Map<string, Uint8Array<ArrayBuffer>>();
+    const run = { gpu, clock: new VirtualClock(), sink: memoryWork(files), work: memoryWork() };
+    await work(run, files);
+  } finally {
+    gpu.close();
+  }
+}
+
+Deno.test("calibration lowers every weighted error, and tuning the model its divergence", () =>
+  withRun(async (run, files) => {
+    const report = await quantizeCalibrated(await openTiny(), FORMAT, TEXT, SETTINGS, run);
+    for (const { matrices, outputError } of report.blocks) {
+      assertEquals(matrices.length, 7);
+      for (const { name, errorBefore, errorAfter } of matrices) {
+        assertLess(errorAfter, 0.9 * errorBefore, name);
+      }
+      assertLess(outputError, 0.5);
+    }
+    const losses = report.model!.losses;
+    assertEquals(losses.map(({ step }) => step), [1, 17, 33, 34]);
+    assertLess(losses.at(-1)!.divergence, 0.8 * losses[0].divergence);
+    const result = await openCheckpoint(memorySource(Object.fromEntries(files)));
+    assertEquals(result.config.codegemm, FORMAT);
+    assertEquals(await run.work.list(), []);
+    const norm = result.info("model.norm.weight");
+    assert((await result.read(norm.name, 0, norm.bytes)).some((byte) => byte !== 0));
+  }));
+
+Deno.test("a run that was cut short goes on at its block and comes to the same bytes", async () => {
+  const whole = new Map<string, Uint8Array>();
+  await withRun(async (run, files) => {
+    await quantizeCalibrated(await openTiny(), FORMAT, TEXT, SETTINGS, run);
+    for (const [name, bytes] of files) whole.set(name, bytes);
+  });
+  await withRun(async (run, files) => {
+    const stop = () => {
+      throw new Error("power cut");
+    };
+    const cut = { ...run, onBlock: stop };
+    await assertRejects(
+      async () => await quantizeCalibrated(await openTiny(), FORMAT, TEXT, SETTINGS, cut),
+      Error,
+      "power cut",
+    );
+    const error = await assertRejects(
+      async () =>
+        await quantizeCalibrated(await openTiny(), FORMAT, TEXT, { ...SETTINGS, seed: 2 }, run),
+      FleetError,
+      "stopped half way",
+    );
+    assertEquals([error.code, files.size], ["disk", 0]);
+    const done: number[] = [];
+    await quantizeCalibrated(await openTiny(), FORMAT, TEXT, SETTINGS, {
+      ...run,
+      onBlock: (_, number) => done.push(number),
+    });
+    assertEquals(done, [2]);
+    assertEquals(files, whole);
+  });
+});
+
+Deno.test("kept matrices stay as they are, beside tuned ones", () =>
+  withRun(async (run, files) => {
+    const settings = { ...SETTINGS, keep: ["layers.0", "mlp.down_proj"], modelSteps: 2 };
+    const checkpoint = await openTiny();
+    await quantizeCalibrated(checkpoint, FORMAT, TEXT, settings, run);
+    const result = await openCheckpoint(memorySource(Object.fromEntries(files)));
+    for (const name of ["layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"]) {
+      const { name: full, bytes } = result.info(`model.${name}.weight`);
+      assertEquals(await result.read(full, 0, bytes), await checkpoint.read(full, 0, bytes));
+    }
+    assert(result.has("model.layers.1.mlp.up_proj.codes"));
+  }));
+
+Deno.test("too little text, and text for another model, are refused", () => {
+  const cut = (count: number, id: number) => () =>
+    cutSequences(new Uint16Array(count).fill(id), 8, 3, 64);
+  assertThrows(cut(23, 0), FleetError, "2 sequences of 8, 3 are needed");
+  assertThrows(cut(24, 64), FleetError, "outside the model's vocabulary of 64");
+  assertEquals(cut(31, 63)().sequences, 3);
+});
+
+Deno.test("every sequence comes once a round, in an order that the seed decides", () => {
+  const take = (seed: number) => {
+    const source = batches(7, 3, seed);
+    return Array.from({ length: 4 }, () => [...source.next().value as Uint32Array]);
+  };
+  const [a, b, c] = take(1);
+  assertEquals(new Set([...a, ...b]).size, 6);
+  assertEquals(take(1)[2], c);
+  assert(JSON.stringify(take(2)) !== JSON.stringify(take(1)));
+});
