@@ -44,13 +44,13 @@ export interface StageKernels {
 }
 
 /**
- * Encodes one step.
+ * Encodes a step up to its last layer. Only the counts of the step decide what is encoded.
  *
  * Between layers the residual is float16 in float32's clothes: the last linear layer of each rounds
  * it, so that the bits are the same whether or not a stage ends there. Linear layers and attention
  * have a kernel family for decode rows and one for prefill rows; the rest takes all rows alike.
  */
-export function forward(
+export function forwardLayers(
   pass: GPUComputePassEncoder,
   step: TransformerShape,
   stage: StageKernels,
@@ -75,7 +75,14 @@ export function forward(
     layer.swiglu.encode(pass, step); // h = silu(g) u
     linear(layer.down); // residual = f16(residual + Wdown h)
   }
+}
 
+/** Encodes the rest of a step: its outputs. */
+export function forwardOutputs(
+  pass: GPUComputePassEncoder,
+  step: TransformerShape,
+  stage: StageKernels,
+): void {
   if ("sampler" in stage.leave) {
     const { norm, projection, sampler } = stage.leave;
     norm.encode(pass, step); // x = norm(residual) of the rows that have a request

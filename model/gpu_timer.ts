@@ -11,7 +11,7 @@ const BYTES = 16;
 /** Where query results may be put in a buffer, a multiple of this (WebGPU). */
 const RESOLVE_ALIGN = 256;
 
-/** Times one pass per step, for a bounded number of steps in flight. */
+/** Times the passes of a step, for a bounded number of steps in flight. */
 export class GpuTimer {
   /** Bytes that a step's timestamps add to its readback. */
   static readonly BYTES = BYTES;
@@ -28,13 +28,14 @@ export class GpuTimer {
     );
   }
 
-  /** For the pass of a step. */
-  writes(slot: number): GPUComputePassTimestampWrites {
-    return {
-      querySet: this.#queries,
-      beginningOfPassWriteIndex: 2 * slot,
-      endOfPassWriteIndex: 2 * slot + 1,
-    };
+  /** For the first pass of a step. */
+  begins(slot: number): GPUComputePassTimestampWrites {
+    return { querySet: this.#queries, beginningOfPassWriteIndex: 2 * slot };
+  }
+
+  /** For the last pass of a step. */
+  ends(slot: number): GPUComputePassTimestampWrites {
+    return { querySet: this.#queries, endOfPassWriteIndex: 2 * slot + 1 };
   }
 
   /** After the pass; returns what to read back. */

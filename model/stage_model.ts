@@ -8,9 +8,14 @@ import type { RowRequest, StepBatch } from "../shared/frames.ts";
 import { LIMITS } from "../shared/limits.ts";
 import type { Gpu } from "../kernels/gpu.ts";
 import { Readback, type ReadRange, type ReadSlot } from "../kernels/readback.ts";
-import { headShape, StepBuffers, tileRows } from "../kernels/transformer/mod.ts";
+import {
+  headShape,
+  StepBuffers,
+  tileRows,
+  type TransformerShape,
+} from "../kernels/transformer/mod.ts";
 import { checkBatch } from "./check_batch.ts";
-import { forward, type HeadKernels } from "./forward.ts";
+import { forwardLayers, forwardOutputs, type HeadKernels } from "./forward.ts";
 import { GpuTimer } from "./gpu_timer.ts";
 import { KvCache } from "./kv_cache.ts";
 import { createStageMemory, type StageMemory } from "./stage_buffers.ts";
@@ -52,6 +57,11 @@ export class StageModel implements StageSteps {
   /** Oldest first. */
   readonly #pending: PendingStep[] = [];
   #submitted = 0;
+  /** The last step's counts, and whether the one before it had the same. */
+  #counts: TransformerShape | null = null;
+  #repeats = false;
+  /** The next step's layers, if it has these counts. */
+  #prepared: { counts: TransformerShape; commands: GPUCommandBuffer } | null = null;
   /** When the GPU was last seen to have finished a step. */
   #idleSinceMs = 0;
 
@@ -117,15 +127,23 @@ export class StageModel implements StageSteps {
     if (hidden) this.#gpu.write(memory.buffers.frame, 0, hidden as Uint16Array<ArrayBuffer>);
     const step = inputs.write(batch);
 
+    const counts = dispatchCounts(step);
+    const layers = this.#prepared && sameCounts(this.#prepared.counts, counts)
+      ? this.#prepared.commands
+      : this.#encodeLayers(counts);
+    this.#prepared = null;
+    this.#repeats = this.#counts !== null && sameCounts(this.#counts, counts);
+    this.#counts = counts;
+
     const id = this.#submitted++;
-    const encoder = this.#gpu.device.createCommandEncoder({ label: `step ${id}` });
-    const pass = encoder.beginComputePass({ timestampWrites: timer?.writes(id % IN_FLIGHT) });
-    forward(pass, step, bound.kernels);
+    const encoder = this.#gpu.device.createCommandEncoder({ label: `outputs of step ${id}` });
+    const pass = encoder.beginComputePass({ timestampWrites: timer?.ends(id % IN_FLIGHT) });
+    forwardOutputs(pass, step, bound.kernels);
     pass.end();
     const ranges = this.#outputRanges(step.rows, batch.requests);
     if (timer) ranges.push(timer.resolve(encoder, id % IN_FLIGHT));
     const slot = readback.copy(encoder, ranges);
-    this.#gpu.device.queue.submit([encoder.finish()]);
+    this.#gpu.device.queue.submit([layers, encoder.finish()]);
 
     const pending = new PendingStep(id, slot, step.rows, batch.requests, performance.now());
     this.#pending.push(pending);
@@ -136,6 +154,7 @@ export class StageModel implements StageSteps {
     const step = this.#pending[0];
     invariant(step === ticket, "steps are finished in the order of their submission");
     const { readback, timer } = this.#resources;
+    this.#prepare();
     const waitedFromMs = performance.now();
     let bytes: Uint8Array<ArrayBuffer>;
     try {
@@ -166,6 +185,26 @@ export class StageModel implements StageSteps {
     timer?.destroy();
   }
 
+  /**
+   * Encodes the layers of the next step while the GPU is at work, where it looks like the last ones:
+   * sequences that decode bring the same counts step after step.
+   */
+  #prepare(): void {
+    if (!this.#repeats || this.#prepared !== null || this.#counts === null) return;
+    this.#prepared = { counts: this.#counts, commands: this.#encodeLayers(this.#counts) };
+  }
+
+  /** The layers of step {@linkcode #submitted}, the next one. */
+  #encodeLayers(counts: TransformerShape): GPUCommandBuffer {
+    const { bound, timer } = this.#resources;
+    const id = this.#submitted;
+    const encoder = this.#gpu.device.createCommandEncoder({ label: `layers of step ${id}` });
+    const pass = encoder.beginComputePass({ timestampWrites: timer?.begins(id % IN_FLIGHT) });
+    forwardLayers(pass, counts, bound.kernels);
+    pass.end();
+    return encoder.finish();
+  }
+
   #outputRanges(rows: number, requests: RowRequest[]): ReadRange[] {
     if (this.#head) return this.#head.sampler.ranges(requests);
     const bytes = Math.ceil(rows * this.spec.config.hiddenSize * 2 / 4) * 4;
@@ -182,6 +221,20 @@ export class StageModel implements StageSteps {
     const elements = step.rows * this.spec.config.hiddenSize;
     return { hidden: new Uint16Array(bytes.buffer, bytes.byteOffset, elements), results: [] };
   }
+}
+
+/** Context lengths are told apart in steps of this much: what is past a row's position ends at once. */
+const CONTEXT_STEP = 256;
+
+/** What decides the dispatches of a step's layers. */
+function dispatchCounts(step: TransformerShape): TransformerShape {
+  const contextTokens = Math.ceil(step.contextTokens / CONTEXT_STEP) * CONTEXT_STEP;
+  return { ...step, outputs: 0, contextTokens };
+}
+
+function sameCounts(a: TransformerShape, b: TransformerShape): boolean {
+  return a.decodeRows === b.decodeRows && a.rows === b.rows &&
+    a.prefillTiles === b.prefillTiles && a.contextTokens === b.contextTokens;
 }
 
 function totalBytes(spec: StageSpec, weights: WeightStore, resources: StageResources): number {
