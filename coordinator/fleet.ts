@@ -342,8 +342,9 @@ export class Fleet implements Engine {
       this.#note = this.#whyNobodyIsThere();
       return;
     }
-    if (wanted !== null && members.length < wanted && !this.#scheduler) {
-      this.#note = `${members.length} of ${wanted} workers have joined`;
+    const joined = members.length + this.#roster.excluded.length;
+    if (wanted !== null && joined < wanted && !this.#scheduler) {
+      this.#note = `${joined} of ${wanted} workers have joined`;
       return;
     }
     const stages = wanted === null ? undefined : Math.min(wanted, members.length);
@@ -409,6 +410,8 @@ export class Fleet implements Engine {
     const config = schedulerConfig(plan, model.config.hiddenSize, bus.maxPayloadBytes);
     if (this.#scheduler) this.#handle(this.#scheduler.requeueAll(config));
     else this.#scheduler = new Scheduler(config);
+    const { waiting } = this.#scheduler.stats;
+    if (waiting === 0) this.#withoutPipelineSinceMs = null;
     const workers = plan.stages.map(({ worker }) => worker);
     this.#pipeline = new Pipeline({
       bus: this.#options.bus,
@@ -504,7 +507,7 @@ export class Fleet implements Engine {
     const sinceMs = this.#withoutPipelineSinceMs;
     if (sinceMs === null || nowMs - sinceMs < RECOVER_WITHIN_MS) return;
     // While a new plan loads, or its first steps are on their way, their own bounds apply.
-    if (this.#assignment || pipeline) return;
+    if (this.#planning || this.#assignment || pipeline) return;
     this.#abortAll(`The fleet lost its pipeline and could not make another: ${this.#note}`);
   }
 

@@ -10,7 +10,10 @@ import type { FleetEvent } from "./snapshot.ts";
  * What an event is about. Each topic has its own room and its own pace, so that a flood of one kind
  * (a bus that loses frames, somebody who sends rubbish) neither pushes out the others nor fills the log.
  */
-export type Topic = "bus" | "workers" | "plans" | "steps" | "rejections";
+export type Topic = "bus" | "workers" | "plans" | "steps" | Rejection;
+
+/** What nobody should send. */
+export type Rejection = "malformed-message" | "malformed-frame" | "wrong-sender" | "other-version";
 
 /** Events remembered of each topic. */
 const EVENTS_PER_TOPIC = 40;
@@ -96,9 +99,9 @@ export class Rejections {
   }
 
   /** Counts one that nobody should have sent, and says so in words. */
-  warn(reason: string, text: string): void {
+  warn(reason: Rejection, text: string): void {
     this.count(reason);
-    this.#log.add("rejections", "warning", text.slice(0, 300));
+    this.#log.add(reason, "warning", text.slice(0, 300));
   }
 }
 

@@ -9,17 +9,17 @@ Deno.test("a flood about one thing neither pushes out the others nor fills the l
   const rejections = new Rejections(log);
   log.add("plans", "info", "epoch 1 serves");
   for (let second = 0; second < 60; second++) {
-    for (let i = 0; i < 100; i++) rejections.warn("malformed", `rubbish ${second}.${i}`);
+    for (let i = 0; i < 100; i++) rejections.warn("malformed-message", `rubbish ${second}.${i}`);
     clock.advance(1_000);
     log.tick();
   }
   const texts = log.events.map(({ text }) => text);
   assert(texts.includes("epoch 1 serves"));
-  assertEquals(rejections.counts, { malformed: 6_000 });
+  assertEquals(rejections.counts, { "malformed-message": 6_000 });
   assert(printed.length < 80, `${printed.length} lines`);
   assert(texts.length < 50, `${texts.length} events`);
   assert(
-    texts.some((text) => text.startsWith("990 more events about rejections")),
+    texts.some((text) => text.startsWith("990 more events about malformed-message")),
     texts.join("\n"),
   );
   assertEquals(texts.at(-1), "epoch 1 serves", "newest first");

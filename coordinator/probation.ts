@@ -14,9 +14,12 @@
 const FIRST_EXCLUSION_MS = 30_000;
 /** Probation after the second strike; doubles with every other. The first strike is an accident. */
 const FIRST_PROBATION_MS = 30_000;
-const LONGEST_MS = 15 * 60_000;
+/** A failure is none: a pipeline that works would stop for as long as the next attempt takes. */
+const STRIKES_OF_A_FAILURE = 2;
+const LONGEST_EXCLUSION_MS = 15 * 60_000;
+const LONGEST_PROBATION_MS = 60 * 60_000;
 /** A name without a strike for this long has a clean slate. */
-const FORGIVEN_AFTER_MS = 60 * 60_000;
+const FORGIVEN_AFTER_MS = 3 * 60 * 60_000;
 
 interface Entry {
   failures: number;
@@ -27,14 +30,14 @@ interface Entry {
   dueMs: number | null;
 }
 
-/** Strikes, by the names of workers. */
+/** What befell workers, by their names. */
 export class Probation {
   #entries = new Map<string, Entry>();
 
   /** A process failed to serve. @returns how long it is left out, ms */
   failed(worker: string, instance: string, reason: string, nowMs: number): number {
-    const entry = this.#strike(worker, nowMs);
-    const forMs = doubled(FIRST_EXCLUSION_MS, entry.failures++);
+    const entry = this.#strike(worker, STRIKES_OF_A_FAILURE, nowMs);
+    const forMs = Math.min(LONGEST_EXCLUSION_MS, FIRST_EXCLUSION_MS * 2 ** entry.failures++);
     entry.excluded = { instance, reason, untilMs: nowMs + forMs };
     entry.dueMs = Math.max(entry.excluded.untilMs, this.#steadyAtMs(entry));
     return forMs;
@@ -42,7 +45,7 @@ export class Probation {
 
   /** A worker went away without a word while it had a stage. */
   lost(worker: string, nowMs: number): void {
-    const entry = this.#strike(worker, nowMs);
+    const entry = this.#strike(worker, 1, nowMs);
     entry.dueMs = Math.max(entry.excluded?.untilMs ?? 0, this.#steadyAtMs(entry));
   }
 
@@ -75,22 +78,20 @@ export class Probation {
     return due;
   }
 
-  #strike(worker: string, nowMs: number): Entry {
+  #strike(worker: string, strikes: number, nowMs: number): Entry {
     let entry = this.#entries.get(worker);
     if (!entry) {
       entry = { failures: 0, strikes: 0, lastStrikeMs: nowMs, excluded: null, dueMs: null };
       this.#entries.set(worker, entry);
     }
-    entry.strikes++;
+    entry.strikes += strikes;
     entry.lastStrikeMs = nowMs;
     return entry;
   }
 
   #steadyAtMs({ strikes, lastStrikeMs }: Entry): number {
-    return strikes < 2 ? lastStrikeMs : lastStrikeMs + doubled(FIRST_PROBATION_MS, strikes - 2);
+    if (strikes < 2) return lastStrikeMs;
+    const forMs = FIRST_PROBATION_MS * 2 ** Math.min(strikes - 2, 20);
+    return lastStrikeMs + Math.min(LONGEST_PROBATION_MS, forMs);
   }
-}
-
-function doubled(firstMs: number, times: number): number {
-  return Math.min(LONGEST_MS, firstMs * 2 ** Math.min(times, 20));
 }

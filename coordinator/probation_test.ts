@@ -33,7 +33,7 @@ Deno.test("one loss is an accident; a worker that flaps has to keep still for lo
   assertEquals(probation.isSteady("other", 0), true);
 });
 
-Deno.test("tick() tells once when somebody may be tried again, and forgives after an hour", () => {
+Deno.test("tick() tells once when somebody may be tried again, and forgives after three hours", () => {
   const probation = new Probation();
   probation.failed("w", "i1", "no luck", 0);
   assertEquals([probation.tick(29_999), probation.tick(30_000), probation.tick(30_001)], [
@@ -41,6 +41,6 @@ Deno.test("tick() tells once when somebody may be tried again, and forgives afte
     true,
     false,
   ]);
-  probation.tick(3_600_000);
-  assertEquals(probation.failed("w", "i1", "no luck", 3_600_000), 30_000);
+  probation.tick(10_800_000);
+  assertEquals(probation.failed("w", "i1", "no luck", 10_800_000), 30_000);
 });

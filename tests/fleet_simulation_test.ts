@@ -138,7 +138,7 @@ Deno.test("a client that goes away frees its pages, and the others go on", async
 
 Deno.test("a model that does not fit waits, says how much is missing, and is served once it fits", async () => {
   const simulated = new SimulatedFleet();
-  simulated.join("small", 50_000);
+  simulated.join("small", { memoryBytes: 50_000 });
   await simulated.run(3_000);
   const { state, note } = simulated.fleet.snapshot();
   assertEquals(state, "waiting");

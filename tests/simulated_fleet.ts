@@ -18,7 +18,8 @@ import { PROTOCOL_VERSION, subjects } from "../shared/protocol.ts";
 import type { RunnerOutput, StageRunner } from "../worker/stage.ts";
 import { FleetWorker } from "../worker/worker.ts";
 
-const PREFIX = "sim";
+/** Prefix of a simulated fleet's subjects. */
+export const PREFIX = "sim";
 const VOCAB = 1000;
 const HIDDEN = 16;
 
@@ -58,17 +59,26 @@ export function simulatedModel(): FleetModel {
   };
 }
 
-/** A worker whose GPU is a {@linkcode SimulatedStage}. */
-export function simulatedWorker(options: {
-  bus: Bus;
-  clock: Clock;
-  prefix: string;
-  name: string;
-  instance: string;
-  stepMs: number;
+/** How a simulated worker differs from an honest and capable one. */
+export interface Temper {
   memoryBytes?: number;
-}): FleetWorker<null> {
+  /** What it loads in place of the honest stage. */
+  load?: (honest: StageRunner) => Promise<StageRunner>;
+}
+
+/** A worker whose GPU is a {@linkcode SimulatedStage}. */
+export function simulatedWorker(
+  options: {
+    bus: Bus;
+    clock: Clock;
+    prefix: string;
+    name: string;
+    instance: string;
+    stepMs: number;
+  } & Temper,
+): FleetWorker<null> {
   const { bus, clock, prefix, name, instance, stepMs } = options;
+  const load = options.load ?? ((honest: StageRunner) => Promise.resolve(honest));
   return new FleetWorker<null>({
     bus,
     clock,
@@ -89,12 +99,11 @@ export function simulatedWorker(options: {
       provide: (parts) => Promise.resolve(parts.map(() => null)),
     },
     loader: {
-      load: ({ stage }) =>
-        Promise.resolve({
-          runner: new SimulatedStage(clock, stepMs, stage),
-          memoryBytes: 0,
-          destroy: () => Promise.resolve(),
-        }),
+      load: async ({ stage }) => ({
+        runner: await load(new SimulatedStage(clock, stepMs, stage)),
+        memoryBytes: 0,
+        destroy: () => Promise.resolve(),
+      }),
     },
   });
 }
@@ -200,6 +209,8 @@ export interface SimulationOptions {
   seed?: number;
   stepMs?: number;
   hopMs?: number;
+  /** Is given the coordinator's end of the bus. */
+  onBus?: (bus: MemoryBus) => void;
   fleet?: Partial<FleetOptions>;
 }
 
@@ -221,8 +232,10 @@ export class SimulatedFleet {
       seed: options.seed ?? 1,
       latencyMs: options.hopMs ?? 1,
     });
+    const bus = this.hub.connect("coordinator");
+    options.onBus?.(bus);
     this.fleet = new Fleet({
-      bus: this.hub.connect("coordinator"),
+      bus,
       clock: this.clock,
       prefix: PREFIX,
       model: simulatedModel(),
@@ -239,7 +252,7 @@ export class SimulatedFleet {
   }
 
   /** Adds a worker; one of a known name replaces the process of that name. */
-  join(name: string, memoryBytes?: number): SimulatedWorker {
+  join(name: string, temper: Temper = {}): SimulatedWorker {
     const bus = this.hub.connect(name);
     const worker = simulatedWorker({
       bus,
@@ -248,7 +261,7 @@ export class SimulatedFleet {
       name,
       instance: `${name}-${this.#instances++}`,
       stepMs: this.#stepMs,
-      memoryBytes,
+      ...temper,
     });
     worker.join();
     const simulated = { name, bus, worker };

@@ -11,7 +11,7 @@ import type { StageOutput } from "../model/stage_spec.ts";
 import type { Bus, BusMessage } from "../shared/bus.ts";
 import type { Clock } from "../shared/clock.ts";
 import { decodeFrame, encodeFrame } from "../shared/codec.ts";
-import { type FleetError, toFleetError } from "../shared/errors.ts";
+import { FleetError, toFleetError } from "../shared/errors.ts";
 import type { FrameOrder, StepBatch, StepFrame } from "../shared/frames.ts";
 import { LIMITS } from "../shared/limits.ts";
 import type { ModelConfig } from "../shared/model_config.ts";
@@ -181,6 +181,7 @@ class BusStage implements Stage {
         const { work, output } = this.#running[0];
         const done = await output;
         if (this.#state !== "open") return;
+        checkResults(done);
         this.#running.shift();
         this.#submit();
         this.#publish(work, done);
@@ -237,6 +238,28 @@ class BusStage implements Stage {
 
   #drop(reason: DropReason): void {
     this.dropped[reason] = (this.dropped[reason] ?? 0) + 1;
+  }
+}
+
+/**
+ * Outputs that are no numbers would be refused as a frame; here it can be said what is wrong.
+ *
+ * @throws FleetError `internal`
+ */
+function checkResults({ results }: RunnerOutput): void {
+  for (const result of results) {
+    if (result.type === "logits") continue;
+    const alternatives = result.type === "sample" ? result.alternativeLogprobs : [];
+    const figures = [result.logprob, ...alternatives];
+    // Minus infinity is a token that was ruled out.
+    if (figures.every((figure) => figure < Infinity)) continue;
+    throw new FleetError(
+      "internal",
+      `The log-probabilities of a row are not numbers (${
+        figures[0]
+      }): the model's weights or the ` +
+        "GPU's arithmetic are damaged",
+    );
   }
 }
 
