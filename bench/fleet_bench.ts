@@ -34,6 +34,7 @@ const COMMAND = {
     tokens: { type: "integer", default: DEFAULT_TOKENS, min: 4, help: "tokens of an answer" },
     context: { type: "integer", default: 1024, min: 64, help: "longest sequence" },
     software: { type: "boolean", help: "on software adapters" },
+    memory: { type: "string", help: "GPU memory per worker, e.g. 40GiB; needed with --gpus" },
     gpus: { type: "integer", default: 1, min: 1, help: "give each worker one of so many GPUs" },
     verbose: { type: "boolean", help: "show what the processes print" },
     out: { type: "path", help: "a file for the figures as JSON" },
@@ -82,6 +83,7 @@ async function withFleet<T>(
       const args = [
         ...taskArgs(denoJson.tasks, "worker"),
         ...[...common, "--name", `worker-${i}`, ...(values.software ? ["--software"] : [])],
+        ...(values.memory ? ["--memory", values.memory] : []),
       ];
       children.push(
         startChild({ name: `worker-${i}`, ...onGpu(i % values.gpus, values.gpus, args), onLine }),

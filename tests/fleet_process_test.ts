@@ -11,6 +11,8 @@ import { freePort } from "./nats_server.ts";
 const ROOT = new URL("../", import.meta.url).pathname;
 const MODEL = "story-16m-m2v4g128";
 
+const READY_WITHIN_MS = 180_000;
+
 interface UpFleet extends AsyncDisposable {
   url: string;
   lines: string[];
@@ -39,12 +41,22 @@ async function startUp(...flags: string[]): Promise<UpFleet> {
     if (!over) Deno.kill(up.pid, "SIGINT");
     return (await up.ended).code;
   };
-  await Promise.race([
-    ready,
-    up.ended.then(({ code }) => {
-      throw new Error(`up ended with ${code}:\n${lines.join("\n")}`);
-    }),
-  ]);
+  const { promise: late, reject } = Promise.withResolvers<never>();
+  const timer = setTimeout(
+    () => reject(new Error(`up was not ready in ${READY_WITHIN_MS} ms:\n${lines.join("\n")}`)),
+    READY_WITHIN_MS,
+  );
+  const ended = up.ended.then(({ code }) => {
+    throw new Error(`up ended with ${code}:\n${lines.join("\n")}`);
+  });
+  try {
+    await Promise.race([ready, late, ended]);
+  } catch (error) {
+    await interrupt();
+    throw error;
+  }
+  ended.catch(() => {});
+  clearTimeout(timer);
   return {
     url: `http://127.0.0.1:${port}`,
     lines,
