@@ -1,10 +1,15 @@
 /**
- * A directory of this machine as the place a checkpoint is written to.
+ * Directories of this machine as the place a checkpoint is written to, and where the work on it lies.
  *
  * @module
  */
+import { directorySource } from "../shared/checkpoint/directory.ts";
 import { FleetError } from "../shared/errors.ts";
+import type { WorkFiles } from "./work_files.ts";
 import type { FileSink } from "./writer.ts";
+
+/** Where work files lie, inside the output directory. */
+const WORK = ".quantize";
 
 /**
  * Makes the directory, or takes it when it is empty.
@@ -12,9 +17,58 @@ import type { FileSink } from "./writer.ts";
  * @throws FleetError `disk` when something is in it already, or it cannot be made
  */
 export async function directorySink(path: string): Promise<FileSink> {
+  await claim(path, () => false);
+  return sinkAt(path);
+}
+
+/**
+ * Makes a directory with room for work files, or takes one again in which work was begun.
+ *
+ * @throws FleetError `disk` when it holds something else, or cannot be made
+ */
+export async function workDirectory(path: string): Promise<{ sink: FileSink; work: WorkFiles }> {
+  let begun = false;
+  try {
+    begun = (await Deno.stat(`${path}/${WORK}`)).isDirectory;
+  } catch (cause) {
+    if (!(cause instanceof Deno.errors.NotFound)) throw diskError(path, cause);
+  }
+  await claim(path, () => begun);
+  const inside = `${path}/${WORK}`;
+  const guarded = async (name: string, work: () => Promise<void>) => {
+    try {
+      await work();
+    } catch (cause) {
+      throw diskError(`${inside}/${name}`, cause);
+    }
+  };
+  await guarded("", () => Deno.mkdir(inside, { recursive: true }));
+  return {
+    sink: sinkAt(path),
+    work: {
+      ...directorySource(inside),
+      ...sinkAt(inside),
+      rename: (from, to) =>
+        guarded(from, () => Deno.rename(`${inside}/${from}`, `${inside}/${to}`)),
+      remove: (name) =>
+        guarded(name, async () => {
+          try {
+            await Deno.remove(`${inside}/${name}`);
+          } catch (cause) {
+            if (!(cause instanceof Deno.errors.NotFound)) throw cause;
+          }
+        }),
+      clear: () => guarded("", () => Deno.remove(inside, { recursive: true })),
+    },
+  };
+}
+
+/** Makes a directory that nothing is in except what is `ours`. */
+async function claim(path: string, ours: (name: string) => boolean): Promise<void> {
   try {
     await Deno.mkdir(path, { recursive: true });
     for await (const entry of Deno.readDir(path)) {
+      if (ours(entry.name)) continue;
       throw new FleetError(
         "disk",
         `${path} is not empty (it holds ${entry.name}); name a new directory, nothing is overwritten`,
@@ -23,6 +77,9 @@ export async function directorySink(path: string): Promise<FileSink> {
   } catch (cause) {
     throw diskError(path, cause);
   }
+}
+
+function sinkAt(path: string): FileSink {
   return {
     async write(name, offset, bytes) {
       try {

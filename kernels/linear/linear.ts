@@ -123,6 +123,11 @@ export async function createLinear(options: LinearOptions): Promise<Linear> {
   };
 }
 
+/** Whether the input can be bound as vectors of 4. */
+function isVectorInput({ input, matrix: { k } }: LinearOptions): boolean {
+  return [input.stride, input.offset, k].every((elements) => elements % 4 === 0);
+}
+
 /** Pairs are finished where whole sums meet: behind partial sums, in one binding. */
 function canFinish({ order, blocks }: Matrix): boolean {
   return order.splits > 1 && blocks.length === 1;
@@ -254,7 +259,7 @@ function decodeCode(
   batch: Batch,
   target: Target,
 ): { code: string; columns: number } | null {
-  const { gpu: { limits }, matrix: { order, format }, profile, input } = options;
+  const { gpu: { limits }, matrix: { order, format }, profile } = options;
   const workgroupBytes = limits.maxComputeWorkgroupStorageSize;
   if (order.kind === "dense") {
     if (denseKernelBytes(batch) > workgroupBytes) return null;
@@ -269,7 +274,7 @@ function decodeCode(
     variant,
     limits.maxComputeInvocationsPerWorkgroup,
   );
-  const vectorInput = input.stride % 4 === 0 && input.offset % 4 === 0 && format.v % 4 === 0;
+  const vectorInput = isVectorInput(options) && format.v % 4 === 0;
   const kernel: CodeKernel = {
     family: profile.decode,
     format,
@@ -305,7 +310,14 @@ async function planPrefill(
       tile,
       pipeline: await gpu.pipeline({
         label: `${label} prefill`,
-        code: prefillWgsl({ tile, code, unroll: variant.unroll, workgroupBytes, store }),
+        code: prefillWgsl({
+          tile,
+          code,
+          vectorInput: isVectorInput(options),
+          unroll: variant.unroll,
+          workgroupBytes,
+          store,
+        }),
         bindings,
       }),
     });

@@ -2,8 +2,9 @@
  * WGSL of the prefill kernels: a tile of weights (dequantized, for CodeGEMM) and a tile of
  * activations in workgroup memory, multiplied with a patch of outputs in each thread's registers.
  *
- * An output is one chain of float32 multiply-adds by rising K, whatever the tile. Dequantized weights
- * are rounded to float16, as implementations that dequantize whole matrices do.
+ * Whatever the tile: an output of a dense matrix is one chain of float32 multiply-adds by rising K;
+ * of a CodeGEMM matrix, float16 sums of up to 16 consecutive K are added in float32. Dequantized
+ * weights are rounded to float16, as implementations that dequantize whole matrices do.
  *
  * @module
  */
@@ -27,6 +28,8 @@ export interface PrefillTile {
 export interface PrefillKernel {
   tile: PrefillTile;
   code: { format: CodeGemmFormat; order: CodeOrder } | null;
+  /** K is a multiple of 4, and input rows begin at one: the input is bound as vectors of 4. */
+  vectorInput: boolean;
   /** Straight code where the tiles are loaded. */
   unroll: boolean;
   /** Workgroup memory that may be used. */
@@ -45,7 +48,7 @@ export function prefillBytes({ tile, code }: Pick<PrefillKernel, "tile" | "code"
 }
 
 /** K of a tile: around 32; whole code words, or one position where vectors are long. */
-function tileK(code: PrefillKernel["code"]): number {
+export function tileK(code: Pick<NonNullable<PrefillKernel["code"]>, "format"> | null): number {
   if (code === null) return DENSE_K_ALIGN;
   const { v } = code.format;
   return v > LONG_VECTOR ? v : Math.max(1, Math.floor(32 / (4 * v))) * 4 * v;
@@ -56,7 +59,7 @@ const LONG_VECTOR = 8;
 
 /** The kernel's code; dispatched over (tiles of N, tiles of rows). */
 export function prefillWgsl(kernel: PrefillKernel): string {
-  const { tile, store, unroll } = kernel;
+  const { tile, store, unroll, vectorInput } = kernel;
   const threads = prefillThreads(tile);
   const threadColumns = tile.columns / tile.patchColumns;
   const depth = tileK(kernel.code);
@@ -64,19 +67,12 @@ export function prefillWgsl(kernel: PrefillKernel): string {
   const weights = kernel.code === null
     ? denseTile(tile, threads, unroll)
     : codeTile(kernel, kernel.code, threads, depth);
-  const products = times(
-    4,
-    (e) =>
-      times(
-        tile.patchRows,
-        (r) =>
-          times(tile.patchColumns, (c) =>
-            `acc${r}_${c} = fma(a${r}.${"xyzw"[e]}, b${c}.${"xyzw"[e]}, acc${r}_${c});`),
-      ),
-  );
+  const products = kernel.code === null
+    ? floatProducts(tile, threadColumns, quads)
+    : halfProducts(tile, threadColumns, quads);
 
   return /* wgsl */ `${HEADER_WGSL}
-@group(0) @binding(2) var<storage, read> x: array<f16>;
+@group(0) @binding(2) var<storage, read> x: array<${vectorInput ? "vec4<f16>" : "f16"}>;
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;
 ${weights.declarations}
 ${putWgsl(store)}
@@ -110,13 +106,17 @@ ${weights.prologue}
       var v = vec4<f16>(0.0h);
       if (row < rows) {
         let at = params.x_offset + (range_start() + row) * params.x_stride + k;
-        if (k + 3u < params.k) {
+${
+        vectorInput
+          ? "        if (k < params.k) { v = x[at / 4u]; }"
+          : `        if (k + 3u < params.k) {
           v = vec4<f16>(x[at], x[at + 1u], x[at + 2u], x[at + 3u]);
         } else {
           if (k < params.k) { v.x = x[at]; }
           if (k + 1u < params.k) { v.y = x[at + 1u]; }
           if (k + 2u < params.k) { v.z = x[at + 2u]; }
-        }
+        }`
+      }
       }
       tile_x[(i % ${quads}u) * ${tile.rows}u + i / ${quads}u] = v;`,
     )
@@ -124,17 +124,7 @@ ${weights.prologue}
 ${weights.load}
     workgroupBarrier();
     if (busy) {
-      for (var q = 0u; q < ${quads}u; q++) {
-${
-    times(tile.patchRows, (r) =>
-      `        let a${r} = vec4<f32>(tile_x[q * ${tile.rows}u + ty * ${tile.patchRows}u + ${r}u]);`)
-  }
-${
-    times(tile.patchColumns, (c) =>
-      `        let b${c} = vec4<f32>(tile_w[q * ${tile.columns}u + tx + ${c * threadColumns}u]);`)
-  }
 ${products}
-      }
     }
   }
 ${
@@ -152,6 +142,67 @@ ${
 }
 `;
 }
+
+/** The operands of quad `q` of K: `a<row>` and `b<column>`. */
+function loadOperands(tile: PrefillTile, threadColumns: number, q: string, type: string): string {
+  return times(
+    tile.patchRows,
+    (r) => `let a${r} = ${type}(tile_x[(${q}) * ${tile.rows}u + ty * ${tile.patchRows}u + ${r}u]);`,
+  ) +
+    "\n" +
+    times(
+      tile.patchColumns,
+      (c) => `let b${c} = ${type}(tile_w[(${q}) * ${tile.columns}u + tx + ${c * threadColumns}u]);`,
+    );
+}
+
+const eachOutput = (tile: PrefillTile, body: (r: number, c: number) => string) =>
+  times(tile.patchRows, (r) => times(tile.patchColumns, (c) => body(r, c)));
+
+/** Products of the tile in float32, one chain. */
+function floatProducts(tile: PrefillTile, threadColumns: number, quads: number): string {
+  return `for (var q = 0u; q < ${quads}u; q++) {
+${loadOperands(tile, threadColumns, "q", "vec4<f32>")}
+${
+    times(4, (e) =>
+      eachOutput(tile, (r, c) =>
+        `acc${r}_${c} = fma(a${r}.${"xyzw"[e]}, b${c}.${"xyzw"[e]}, acc${r}_${c});`))
+  }
+}`;
+}
+
+/**
+ * Products of the tile in float16, two at a time: a chain over the even and one over the odd of up to
+ * {@linkcode HALF_SUM_QUADS} quads of K, whose sum goes into float32.
+ */
+function halfProducts(tile: PrefillTile, threadColumns: number, quads: number): string {
+  const group = (count: number, first: string) =>
+    times(count, (i) =>
+      `{
+${loadOperands(tile, threadColumns, `${first} + ${i}u`, "vec4<f16>")}
+${
+        eachOutput(tile, (r, c) => {
+          const pair = `pair${r}_${c}`;
+          return i === 0
+            ? `${pair} = a${r}.xy * b${c}.xy; ${pair} = fma(a${r}.zw, b${c}.zw, ${pair});`
+            : `${pair} = fma(a${r}.xy, b${c}.xy, ${pair}); ${pair} = fma(a${r}.zw, b${c}.zw, ${pair});`;
+        })
+      }
+}`) +
+    "\n" +
+    eachOutput(tile, (r, c) => `acc${r}_${c} += f32(pair${r}_${c}.x + pair${r}_${c}.y);`);
+  const whole = Math.floor(quads / HALF_SUM_QUADS);
+  const rest = quads % HALF_SUM_QUADS;
+  return eachOutput(tile, (r, c) => `var pair${r}_${c} = vec2<f16>();`) +
+    (whole === 0 ? "" : `
+for (var q = 0u; q < ${whole * HALF_SUM_QUADS}u; q += ${HALF_SUM_QUADS}u) {
+${group(HALF_SUM_QUADS, "q")}
+}`) +
+    (rest === 0 ? "" : `\n${group(rest, `${whole * HALF_SUM_QUADS}u`)}`);
+}
+
+/** Quads of K that may be summed in float16 (DESIGN: 16 consecutive K). */
+const HALF_SUM_QUADS = 4;
 
 interface TileSource {
   declarations: string;

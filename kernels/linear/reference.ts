@@ -203,13 +203,32 @@ function sumSplits(order: SplitOrder, addUnit: (unit: number, sum: number) => nu
   return total;
 }
 
-/** The order of both prefill kernels: one chain by rising K, weights rounded to float16. */
+/**
+ * The order of the prefill kernels, weights rounded to float16: one chain by rising K, or in tiles of
+ * `halfTileK` (CodeGEMM) two float16 chains over each 16 of K, the even and the odd.
+ */
 export function prefillProduct(
   weights: ArrayLike<number>,
   [n, k]: MatrixShape,
   x: ArrayLike<number>,
+  halfTileK?: number,
 ): Float32Array<ArrayBuffer> {
   const y = new Float32Array(n);
+  if (halfTileK !== undefined) {
+    for (let row = 0; row < n; row++) {
+      for (let tile = 0; tile < k; tile += halfTileK) {
+        const end = Math.min(k, tile + halfTileK);
+        for (let at = tile; at < end; at += 16) {
+          const pair = [0, 0];
+          for (let i = at; i < Math.min(end, at + 16); i++) {
+            pair[i & 1] = fma16(f16(weights[row * k + i]), x[i], pair[i & 1]);
+          }
+          y[row] = f32(y[row] + f16(pair[0] + pair[1]));
+        }
+      }
+    }
+    return y;
+  }
   for (let row = 0; row < n; row++) {
     let sum = 0;
     for (let at = 0; at < k; at++) sum = fma32(f16(weights[row * k + at]), x[at], sum);
