@@ -26,10 +26,11 @@ export function unrolledPsumbook(kernel: CodeKernel, lanes: BatchLanes): CodeBod
   const stages = roundUp(Math.ceil(entries.length / psumbooksPerHalf(kernel)), 2);
   const perStage = Math.ceil(entries.length / stages);
   const book = (stage: number, slot: number, j: number) => `book${stage % 2}_${slot}_${j}`;
-  const parts = [loadWords(kernel), loadScales(kernel)];
+  const parts = [takeWords(kernel), loadScales(kernel)];
   for (let stage = 0; stage < stages; stage++) {
     const staged = entries.slice(stage * perStage, (stage + 1) * perStage);
     parts.push(fillStage(kernel, lanes, staged, (slot, j) => book(stage, slot, j)));
+    if (stage === 0) parts.push(loadNextWords(kernel));
     parts.push("workgroupBarrier();");
     for (const [slot, { position, codebook }] of staged.entries()) {
       const opens = position % order.groupPositions === 0 && codebook === 0;
@@ -57,7 +58,7 @@ export function unrolledPsumbook(kernel: CodeKernel, lanes: BatchLanes): CodeBod
   const sets = Math.ceil(256 / threads);
   return {
     declarations: books.join("\n"),
-    prologue: sumVariables(kernel, lanes) + "\n" +
+    prologue: sumVariables(kernel, lanes) + "\n" + loadFirstWords(kernel) + "\n" +
       times(sets, (s) => times(m, (k) => loadCentroid(kernel, k, s))),
     turn: parts.join("\n"),
   };
@@ -153,7 +154,7 @@ export function unrolledDequantize(kernel: CodeKernel, lanes: BatchLanes): CodeB
     copies === 0
       ? `codebooks[((book * ${m}u + ${k}u) * 256u + code${k}) * ${quads}u + ${q}u]`
       : `table${k}_${q}[(code${k} * ${copies}u) | copy]`;
-  const parts = [loadWords(kernel), loadScales(kernel)];
+  const parts = [takeWords(kernel), loadScales(kernel), loadNextWords(kernel)];
   for (let position = 0; position < kernel.turnPositions; position++) {
     const opensGroup = position % order.groupPositions === 0;
     const closesGroup = (position + 1) % order.groupPositions === 0;
@@ -205,10 +206,11 @@ ${
     rowsPerThread,
     (r) => times(batch, (b) => `  var pair${r}_${b} = vec2<f16>(0.0h);`),
   );
-  if (copies === 0) return { declarations: "", prologue: pairs, turn: parts.join("\n") };
+  const prologue = `${pairs}\n${loadFirstWords(kernel)}`;
+  if (copies === 0) return { declarations: "", prologue, turn: parts.join("\n") };
   return {
     declarations: tables.map(({ declaration }) => declaration).join("\n"),
-    prologue: `${pairs}
+    prologue: `${prologue}
   let copy = lane & ${copies - 1}u;
   ${tables.map(({ fill }) => fill).join("\n")}
   workgroupBarrier();`,
@@ -272,22 +274,43 @@ function loadCentroid({ format: { m, v }, threads }: CodeKernel, k: number, set:
     );
 }
 
-/** Code words of the turn: `w<word>_<codebook>_<row quad>`. */
-function loadWords(kernel: CodeKernel): string {
+/** Calls `body` for each vector of a thread's code words in a turn, with its name and its place. */
+function eachWord(kernel: CodeKernel, body: (name: string, at: number) => string): string {
   const { turnPositions, format: { m }, rowsPerThread, threads, order } = kernel;
-  const words = turnPositions / 4;
-  const rowQuads = order.rowBlock / 4;
-  return `let word_at = (turn_at * ${words}u * ${m}u) * ${rowQuads}u + quad;\n` +
-    times(
-      words,
-      (q) =>
-        times(
-          m,
-          (k) =>
-            times(rowsPerThread / 4, (t) =>
-              `let w${q}_${k}_${t} = codes[word_at + ${(q * m + k) * rowQuads + t * threads}u];`),
-        ),
-    );
+  return times(
+    turnPositions / 4,
+    (q) =>
+      times(
+        m,
+        (k) =>
+          times(rowsPerThread / 4, (t) =>
+            body(`${q}_${k}_${t}`, (q * m + k) * (order.rowBlock / 4) + t * threads)),
+      ),
+  );
+}
+
+/** Where a thread's code words of a turn begin, WGSL. */
+function wordsAt({ turnPositions, format: { m }, order }: CodeKernel, turn: string): string {
+  return `${turn} * ${turnPositions / 4 * m * order.rowBlock / 4}u + quad`;
+}
+
+/** The first turn's code words into `next...`: they are under way while the first tables are made. */
+function loadFirstWords(kernel: CodeKernel): string {
+  return `  let first_words = ${wordsAt(kernel, "turn_at")};\n` +
+    eachWord(kernel, (name, at) => `  var next${name} = codes[first_words + ${at}u];`);
+}
+
+/** The turn's code words, `w<word>_<codebook>_<row quad>`. */
+function takeWords(kernel: CodeKernel): string {
+  return eachWord(kernel, (name) => `let w${name} = next${name};`);
+}
+
+/** The next turn's code words, under way while this turn's are used. */
+function loadNextWords(kernel: CodeKernel): string {
+  return `if (turn + 1u < end) {
+let words = ${wordsAt(kernel, "(turn_at + 1u)")};
+${eachWord(kernel, (name, at) => `next${name} = codes[words + ${at}u];`)}
+}`;
 }
 
 /** Scales of the turn: `scale<segment>_<row quad>`. */

@@ -76,9 +76,12 @@ ${
   }
   let scale_block = block * (params.k / ${format.g}u);
   let end = min((split + 1u) * params.split_units, params.units) * ${turns}u;
+  let first_turn = split * params.split_units * ${turns}u;
+  let block_turns = block * params.units * ${turns}u;
+  var turn_at = block_turns + first_turn;
 ${body.prologue}
-  for (var turn = split * params.split_units * ${turns}u; turn < end; turn++) {
-    let turn_at = block * params.units * ${turns}u + turn;
+  for (var turn = first_turn; turn < end; turn++) {
+    turn_at = block_turns + turn;
 ${body.turn}
   }
 ${target === "partial" ? storePartial(kernel, lanes) : storeDirect(kernel, lanes)}

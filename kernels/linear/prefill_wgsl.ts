@@ -59,11 +59,12 @@ const LONG_VECTOR = 8;
 
 /** The kernel's code; dispatched over (tiles of N, tiles of rows). */
 export function prefillWgsl(kernel: PrefillKernel): string {
-  const { tile, store, unroll, vectorInput } = kernel;
+  const { tile, store, unroll } = kernel;
   const threads = prefillThreads(tile);
   const threadColumns = tile.columns / tile.patchColumns;
   const depth = tileK(kernel.code);
   const quads = Math.ceil(depth / 4);
+  const vectorInput = kernel.vectorInput && depth % 4 === 0;
   const weights = kernel.code === null
     ? denseTile(tile, threads, unroll)
     : codeTile(kernel, kernel.code, threads, depth);

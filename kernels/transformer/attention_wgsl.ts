@@ -24,7 +24,7 @@ const SHARERS = 8;
 const MAX_HEAD_TILE = 8;
 
 /** Loads that are under way together in loops over dimensions and positions. */
-const UNROLL = 8;
+const UNROLL = 16;
 
 /** Lanes that share a row in a prefill workgroup. */
 const ROW_LANES = 16;
@@ -61,6 +61,9 @@ const LOWEST = -3.0e38f;
 // Four dimensions of a query, scaled; zero past the head's end.
 fn query_quad(row: u32, head: u32, quad: u32) -> vec4<f32> {
   let at = row * ROW_STRIDE + head * HEAD_DIM + quad * 4u;
+  if (quad * 4u + 3u < HEAD_DIM) {
+    return vec4<f32>(qkv[at], qkv[at + 1u], qkv[at + 2u], qkv[at + 3u]) * SCALE;
+  }
   var value = vec4<f32>();
   for (var i = 0u; i < 4u; i++) {
     if (quad * 4u + i < HEAD_DIM) {
@@ -81,7 +84,7 @@ export function decodeSplitWgsl(shape: HeadShape): string {
   const quads = shape.paddedDim / 4;
   const teams = DECODE_LANES / SPLIT_TOKENS;
   const perTeam = Math.ceil(tile / teams);
-  const unroll = [UNROLL, 4, 2, 1].find((u) => quads % u === 0)!;
+  const unroll = [UNROLL, 8, 4, 2, 1].find((u) => quads % u === 0)!;
   const each = SPLIT_TOKENS / SHARERS;
   return transformerWgsl(/* wgsl */ `
 ${headConstants(shape)}
@@ -201,13 +204,13 @@ fn main(
       let at = (page * KV_HEADS + kv_head) * PAGE_TOKENS * QUADS + quad;
       let scored = value_head * SPLIT + first;
       let count = min(PAGE_TOKENS, length - first);
-      var p = 0u;
-      for (; p + ${UNROLL - 1}u < count; p += ${UNROLL}u) {
-        ${times(UNROLL, (u) => `let value${u} = vec4<f32>(values[at + (p + ${u}u) * QUADS]);`)}
-        ${times(UNROLL, (u) => `weighted += scores[scored + p + ${u}u] * value${u};`)}
-      }
-      for (; p < count; p++) {
-        weighted += scores[scored + p] * vec4<f32>(values[at + p * QUADS]);
+      for (var p = 0u; p < count; p += ${UNROLL}u) {
+        ${times(UNROLL, (u) => `let value${u} = values[at + (p + ${u}u) * QUADS];`)}
+        // What lies past the end is another step's: it counts nothing, whatever it is.
+        ${
+    times(UNROLL, (u) =>
+      `weighted += scores[scored + p + ${u}u] * select(vec4<f32>(), vec4<f32>(value${u}), p + ${u}u < count);`)
+  }
       }
     }
     partials[partial_index(workgroup, first_head + value_head) + 1u + quad] = weighted;

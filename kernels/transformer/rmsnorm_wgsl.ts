@@ -24,7 +24,10 @@ export function rmsnormWgsl(hidden: number, epsilon: number, gather: boolean): s
       const inside = (i + 1) * LANES <= hidden;
       return inside ? body(i) : `if (lane + ${i * LANES}u < ${hidden}u) { ${body(i)} }`;
     }).join("\n  ");
-  const variables = Array.from({ length: perLane }, (_, i) => `var value${i} = 0.0;`).join(" ");
+  const variables = Array.from(
+    { length: perLane },
+    (_, i) => `var value${i} = 0.0; var gain${i} = 0.0;`,
+  ).join(" ");
   return transformerWgsl(/* wgsl */ `
 @group(0) @binding(0) var<storage, read> residual: array<f32>; // (rows, hidden)
 @group(0) @binding(1) var<storage, read> weight: array<f32>; // (hidden)
@@ -45,6 +48,7 @@ ${
     held
       ? `  ${variables}
   ${each((i) => `value${i} = residual[source + ${i * LANES}u];`)}
+  ${each((i) => `gain${i} = weight[lane + ${i * LANES}u];`)}
   ${each((i) => `sum += value${i} * value${i};`)}`
       : `  for (var column = lane; column < ${hidden}u; column += ${LANES}u) {
     let value = residual[source - lane + column];
@@ -62,13 +66,7 @@ ${
   let scale = 1.0 / sqrt(sums[0] / ${hidden}.0 + ${epsilon.toExponential()});
 ${
     held
-      ? `  ${
-        each((i) =>
-          `normed[place + ${i * LANES}u] = to_f16(value${i} * scale * weight[lane + ${
-            i * LANES
-          }u]);`
-        )
-      }`
+      ? `  ${each((i) => `normed[place + ${i * LANES}u] = to_f16(value${i} * scale * gain${i});`)}`
       : `  for (var column = lane; column < ${hidden}u; column += ${LANES}u) {
     let at = column - lane;
     normed[place + at] = to_f16(residual[source + at] * scale * weight[column]);
