@@ -68,18 +68,40 @@ export function prefillWgsl(kernel: PrefillKernel): string {
   const weights = kernel.code === null
     ? denseTile(tile, threads, unroll)
     : codeTile(kernel, kernel.code, threads, depth);
-  const products = kernel.code === null
-    ? floatProducts(tile, threadColumns, quads)
-    : halfProducts(tile, threadColumns, quads);
+  const half = kernel.code !== null;
+  const lanes = half ? rowLanes(tile) : 1;
+  const products = half
+    ? halfProducts(tile, threadColumns, quads)
+    : floatProducts(tile, threadColumns, quads);
 
   return /* wgsl */ `${HEADER_WGSL}
 @group(0) @binding(2) var<storage, read> x: array<${vectorInput ? "vec4<f16>" : "f16"}>;
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;
 ${weights.declarations}
 ${putWgsl(store)}
-// [K / 4][row] and [K / 4][column]
-var<workgroup> tile_x: array<vec4<f16>, ${quads * tile.rows}>;
+// ${half ? "[K][row / lanes]" : "[K / 4][row]"} and [K / 4][column]
+var<workgroup> tile_x: array<${half ? `vec${lanes}` : "vec4"}<f16>, ${
+    quads * 4 * tile.rows / (half ? lanes : 4)
+  }>;
 var<workgroup> tile_w: array<vec4<f16>, ${quads * tile.columns}>;
+
+// Four activations of a row from k on; zero past the last row and K.
+fn activations(row: u32, k: u32) -> vec4<f16> {
+  var v = vec4<f16>(0.0h);
+  if (row < range_rows()) {
+    let at = params.x_offset + (range_start() + row) * params.x_stride + k;
+${
+    vectorInput ? "    if (k < params.k) { v = x[at / 4u]; }" : `    if (k + 3u < params.k) {
+      v = vec4<f16>(x[at], x[at + 1u], x[at + 2u], x[at + 3u]);
+    } else {
+      if (k < params.k) { v.x = x[at]; }
+      if (k + 1u < params.k) { v.y = x[at + 1u]; }
+      if (k + 2u < params.k) { v.z = x[at + 2u]; }
+    }`
+  }
+  }
+  return v;
+}
 
 @compute @workgroup_size(${threads})
 fn main(
@@ -97,31 +119,7 @@ ${times(tile.patchRows, (r) => times(tile.patchColumns, (c) => `  var acc${r}_${
 ${weights.prologue}
   for (var k0 = 0u; k0 < params.k; k0 += ${depth}u) {
     workgroupBarrier();
-    ${
-    spread(
-      quads * tile.rows,
-      threads,
-      unroll,
-      `let row = row0 + i / ${quads}u;
-      let k = k0 + (i % ${quads}u) * 4u;
-      var v = vec4<f16>(0.0h);
-      if (row < rows) {
-        let at = params.x_offset + (range_start() + row) * params.x_stride + k;
-${
-        vectorInput
-          ? "        if (k < params.k) { v = x[at / 4u]; }"
-          : `        if (k + 3u < params.k) {
-          v = vec4<f16>(x[at], x[at + 1u], x[at + 2u], x[at + 3u]);
-        } else {
-          if (k < params.k) { v.x = x[at]; }
-          if (k + 1u < params.k) { v.y = x[at + 1u]; }
-          if (k + 2u < params.k) { v.z = x[at + 2u]; }
-        }`
-      }
-      }
-      tile_x[(i % ${quads}u) * ${tile.rows}u + i / ${quads}u] = v;`,
-    )
-  }
+    ${half ? loadRowVectors(tile, threads, quads, unroll) : loadRows(tile, threads, quads, unroll)}
 ${weights.load}
     workgroupBarrier();
     if (busy) {
@@ -144,17 +142,48 @@ ${
 `;
 }
 
-/** The operands of quad `q` of K: `a<row>` and `b<column>`. */
-function loadOperands(tile: PrefillTile, threadColumns: number, q: string, type: string): string {
-  return times(
-    tile.patchRows,
-    (r) => `let a${r} = ${type}(tile_x[(${q}) * ${tile.rows}u + ty * ${tile.patchRows}u + ${r}u]);`,
-  ) +
-    "\n" +
-    times(
-      tile.patchColumns,
-      (c) => `let b${c} = ${type}(tile_w[(${q}) * ${tile.columns}u + tx + ${c * threadColumns}u]);`,
-    );
+/** The activations of a tile as vectors along K. */
+function loadRows(tile: PrefillTile, threads: number, quads: number, unroll: boolean): string {
+  return spread(
+    quads * tile.rows,
+    threads,
+    unroll,
+    `tile_x[(i % ${quads}u) * ${tile.rows}u + i / ${quads}u] =
+        activations(row0 + i / ${quads}u, k0 + (i % ${quads}u) * 4u);`,
+  );
+}
+
+/** Rows of the step in a vector of {@linkcode loadRowVectors}. */
+function rowLanes(tile: PrefillTile): 2 | 4 {
+  return tile.patchRows % 4 === 0 ? 4 : 2;
+}
+
+/** The activations of a tile as vectors of rows at one K. */
+function loadRowVectors(
+  tile: PrefillTile,
+  threads: number,
+  quads: number,
+  unroll: boolean,
+): string {
+  const lanes = rowLanes(tile);
+  const groups = tile.rows / lanes;
+  return spread(
+    quads * groups,
+    threads,
+    unroll,
+    `let k = i / ${groups}u * 4u;
+${
+      times(lanes, (l) =>
+        `let v${l} = activations(row0 + i % ${groups}u * ${lanes}u + ${l}u, k0 + k);`)
+    }
+let to = k * ${groups}u + i % ${groups}u;
+${
+      times(4, (e) => {
+        const rows = Array.from({ length: lanes }, (_, l) => `v${l}.${"xyzw"[e]}`).join(", ");
+        return `tile_x[to + ${e * groups}u] = vec${lanes}<f16>(${rows});`;
+      })
+    }`,
+  );
 }
 
 const eachOutput = (tile: PrefillTile, body: (r: number, c: number) => string) =>
@@ -163,7 +192,14 @@ const eachOutput = (tile: PrefillTile, body: (r: number, c: number) => string) =
 /** Products of the tile in float32, one chain. */
 function floatProducts(tile: PrefillTile, threadColumns: number, quads: number): string {
   return `for (var q = 0u; q < ${quads}u; q++) {
-${loadOperands(tile, threadColumns, "q", "vec4<f32>")}
+${
+    times(tile.patchRows, (r) =>
+      `let a${r} = vec4<f32>(tile_x[q * ${tile.rows}u + ty * ${tile.patchRows}u + ${r}u]);`)
+  }
+${
+    times(tile.patchColumns, (c) =>
+      `let b${c} = vec4<f32>(tile_w[q * ${tile.columns}u + tx + ${c * threadColumns}u]);`)
+  }
 ${
     times(4, (e) =>
       eachOutput(tile, (r, c) =>
@@ -173,28 +209,47 @@ ${
 }
 
 /**
- * Products of the tile in float16, two at a time: a chain over the even and one over the odd of up to
- * {@linkcode HALF_SUM_QUADS} quads of K, whose sum goes into float32.
+ * Products of the tile in float16, for two rows at a time: a chain over up to
+ * {@linkcode HALF_SUM_QUADS} quads of K, which then goes into float32.
  */
 function halfProducts(tile: PrefillTile, threadColumns: number, quads: number): string {
-  const group = (count: number, first: string) =>
-    times(count, (i) =>
-      `{
-${loadOperands(tile, threadColumns, `${first} + ${i}u`, "vec4<f16>")}
+  const lanes = rowLanes(tile);
+  const groups = tile.rows / lanes;
+  const eachPair = (body: (pair: number, c: number) => string) =>
+    times(tile.patchRows / 2, (p) => times(tile.patchColumns, (c) => body(p, c)));
+  const pairOfRows = (p: number) =>
+    lanes === 2 ? `a${p}` : `a${p >> 1}.${p % 2 === 0 ? "xy" : "zw"}`;
+  const step = (i: number, first: string) =>
+    `{
 ${
-        eachOutput(tile, (r, c) => {
-          const pair = `pair${r}_${c}`;
-          return i === 0
-            ? `${pair} = a${r}.xy * b${c}.xy; ${pair} = fma(a${r}.zw, b${c}.zw, ${pair});`
-            : `${pair} = fma(a${r}.xy, b${c}.xy, ${pair}); ${pair} = fma(a${r}.zw, b${c}.zw, ${pair});`;
-        })
-      }
-}`) +
-    "\n" +
-    eachOutput(tile, (r, c) => `acc${r}_${c} += f32(pair${r}_${c}.x + pair${r}_${c}.y);`);
+      times(
+        tile.patchColumns,
+        (c) =>
+          `let b${c} = tile_w[(${first} + ${i}u) * ${tile.columns}u + tx + ${c * threadColumns}u];`,
+      )
+    }
+${
+      times(4, (e) =>
+        `{ let at = ((${first} + ${i}u) * 4u + ${e}u) * ${groups}u + ty * ${
+          tile.patchRows / lanes
+        }u;\n` +
+        times(tile.patchRows / lanes, (l) => `let a${l} = tile_x[at + ${l}u];`) + "\n" +
+        eachPair((p, c) => {
+          const weight = `vec2<f16>(b${c}.${"xyzw"[e]})`;
+          return i === 0 && e === 0
+            ? `sum${p}_${c} = ${pairOfRows(p)} * ${weight};`
+            : `sum${p}_${c} = fma(${pairOfRows(p)}, ${weight}, sum${p}_${c});`;
+        }) + " }")
+    }
+}`;
+  const group = (count: number, first: string) =>
+    times(count, (i) => step(i, first)) + "\n" +
+    eachPair((p, c) =>
+      `acc${2 * p}_${c} += f32(sum${p}_${c}.x); acc${2 * p + 1}_${c} += f32(sum${p}_${c}.y);`
+    );
   const whole = Math.floor(quads / HALF_SUM_QUADS);
   const rest = quads % HALF_SUM_QUADS;
-  return eachOutput(tile, (r, c) => `var pair${r}_${c} = vec2<f16>();`) +
+  return eachPair((p, c) => `var sum${p}_${c} = vec2<f16>();`) +
     (whole === 0 ? "" : `
 for (var q = 0u; q < ${whole * HALF_SUM_QUADS}u; q += ${HALF_SUM_QUADS}u) {
 ${group(HALF_SUM_QUADS, "q")}

@@ -205,7 +205,7 @@ function sumSplits(order: SplitOrder, addUnit: (unit: number, sum: number) => nu
 
 /**
  * The order of the prefill kernels, weights rounded to float16: one chain by rising K, or in tiles of
- * `halfTileK` (CodeGEMM) two float16 chains over each 16 of K, the even and the odd.
+ * `halfTileK` (CodeGEMM) one float16 chain over each 16 of K.
  */
 export function prefillProduct(
   weights: ArrayLike<number>,
@@ -219,11 +219,11 @@ export function prefillProduct(
       for (let tile = 0; tile < k; tile += halfTileK) {
         const end = Math.min(k, tile + halfTileK);
         for (let at = tile; at < end; at += 16) {
-          const pair = [0, 0];
+          let sum = 0;
           for (let i = at; i < Math.min(end, at + 16); i++) {
-            pair[i & 1] = fma16(f16(weights[row * k + i]), x[i], pair[i & 1]);
+            sum = fma16(f16(weights[row * k + i]), x[i], sum);
           }
-          y[row] = f32(y[row] + f16(pair[0] + pair[1]));
+          y[row] = f32(y[row] + sum);
         }
       }
     }

@@ -42,8 +42,8 @@ export function defaultVariant(software: boolean): Variant {
         { rows: 64, columns: 64, patchRows: 8, patchColumns: 4 },
       ]
       : [
-        { rows: 32, columns: 64, patchRows: 4, patchColumns: 4 },
-        { rows: 64, columns: 64, patchRows: 8, patchColumns: 4 },
+        { rows: 32, columns: 128, patchRows: 4, patchColumns: 8 },
+        { rows: 64, columns: 128, patchRows: 8, patchColumns: 8 },
       ],
   };
 }
