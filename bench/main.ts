@@ -56,10 +56,10 @@ const BENCHMARKS: Record<string, Benchmark> = {
     runner: "run",
     what: "a worker's stage of synthetic weights: decode, prefill, GPU, CPU (--shape llama-3-70b)",
   },
-  linear: {
-    file: "kernels/linear/linear_bench.ts",
+  kernels: {
+    file: "bench/kernels.ts",
     runner: "run",
-    what: "the linear kernels (--shape 70b|8b|demo)",
+    what: "the linear kernels, beside the GPU's read bandwidth (--shape llama-3-70b|llama-3-8b)",
   },
 };
 

@@ -1,0 +1,331 @@
+/**
+ * The linear kernels at the shapes of Llama 3: GPU time by timestamp queries, weights rotated past the
+ * cache, partial sums and their reduction included. Beside it what reading alone costs on this GPU.
+ *
+ *     deno task bench kernels --shape llama-3-70b --format m1v4g128 --rows 1,2,4,8,16,32
+ *
+ * A GPU lowers its clocks when it idles for milliseconds, as it does while a benchmark fetches its
+ * timestamps: each figure is taken behind work that keeps it busy.
+ *
+ * @module
+ */
+import { Gpu } from "../kernels/gpu.ts";
+import { STEP_BYTES, type StepShape, stepWords } from "../kernels/kernel.ts";
+import {
+  createLinear,
+  type Linear,
+  linearScratchBytes,
+  type Matrix,
+  syntheticCodes,
+  syntheticDense,
+} from "../kernels/linear/mod.ts";
+import { FleetError } from "../shared/errors.ts";
+import { parseFlags, runCommand } from "../shared/flags.ts";
+import type { CodeGemmFormat } from "../shared/model_config.ts";
+
+/** What runs as one dispatch: matrices of one input, stacked. */
+interface BenchMatrix {
+  name: string;
+  members: number[];
+  k: number;
+}
+
+const SHAPES: Record<string, BenchMatrix[]> = {
+  "llama-3-70b": [
+    { name: "q|k|v", members: [8192, 1024, 1024], k: 8192 },
+    { name: "o", members: [8192], k: 8192 },
+    { name: "gate|up", members: [28672, 28672], k: 8192 },
+    { name: "down", members: [8192], k: 28672 },
+  ],
+  "llama-3-8b": [
+    { name: "q|k|v", members: [4096, 1024, 1024], k: 4096 },
+    { name: "o", members: [4096], k: 4096 },
+    { name: "gate|up", members: [14336, 14336], k: 4096 },
+    { name: "down", members: [4096], k: 14336 },
+  ],
+  /** For trying the benchmark itself on a software adapter. */
+  tiny: [
+    { name: "q|k|v", members: [512, 256, 256], k: 512 },
+    { name: "down", members: [512], k: 1024 },
+  ],
+};
+
+const FAMILIES = ["codegemm", "dequantize", "prefill"] as const;
+type Family = typeof FAMILIES[number];
+
+/** Passes whose median counts. */
+const PASSES = 7;
+/** GPU work ahead of the measured passes, and the most passes that it may take. */
+const BUSY_MS = 60;
+const MOST_BUSY_PASSES = 300;
+
+/** One cell of the table. */
+interface Measurement {
+  matrix: string;
+  n: number;
+  k: number;
+  format: string;
+  family: Family | "dense";
+  rows: number;
+  /** Of one application, reduction and store included. */
+  microseconds: number;
+  gigabytesPerSecond: number;
+  /** Of the bandwidth that a plain reader reached in the same run. */
+  bandwidthShare: number;
+  teraflops: number;
+}
+
+/** Times passes by timestamps, on a GPU that is kept busy. */
+class PassTimer {
+  readonly #gpu: Gpu;
+  readonly #queries: GPUQuerySet;
+  readonly #resolved: GPUBuffer;
+
+  constructor(gpu: Gpu) {
+    if (!gpu.timestamps) throw new FleetError("gpu", `${gpu.info.name} has no timestamp queries`);
+    this.#gpu = gpu;
+    this.#queries = gpu.device.createQuerySet({ type: "timestamp", count: 2 * PASSES });
+    this.#resolved = gpu.buffer(
+      "timestamps",
+      16 * PASSES,
+      GPUBufferUsage.QUERY_RESOLVE | GPUBufferUsage.COPY_SRC,
+    );
+  }
+
+  /** The median microseconds of a pass. */
+  async median(encode: (pass: GPUComputePassEncoder) => void): Promise<number> {
+    const [first] = await this.#passes(encode);
+    if (!this.#gpu.info.software) this.#keepBusy(encode, first);
+    const times = await this.#passes(encode);
+    return times.toSorted((a, b) => a - b)[PASSES >> 1];
+  }
+
+  #keepBusy(encode: (pass: GPUComputePassEncoder) => void, microseconds: number): void {
+    const passes = Math.min(MOST_BUSY_PASSES, Math.ceil(BUSY_MS * 1e3 / microseconds));
+    for (let i = 0; i < passes; i++) {
+      const encoder = this.#gpu.device.createCommandEncoder();
+      const pass = encoder.beginComputePass();
+      encode(pass);
+      pass.end();
+      this.#gpu.device.queue.submit([encoder.finish()]);
+    }
+  }
+
+  async #passes(encode: (pass: GPUComputePassEncoder) => void): Promise<number[]> {
+    const encoder = this.#gpu.device.createCommandEncoder();
+    for (let i = 0; i < PASSES; i++) {
+      const pass = encoder.beginComputePass({
+        timestampWrites: {
+          querySet: this.#queries,
+          beginningOfPassWriteIndex: 2 * i,
+          endOfPassWriteIndex: 2 * i + 1,
+        },
+      });
+      encode(pass);
+      pass.end();
+    }
+    encoder.resolveQuerySet(this.#queries, 0, 2 * PASSES, this.#resolved, 0);
+    this.#gpu.device.queue.submit([encoder.finish()]);
+    const stamps = new BigUint64Array(await this.#gpu.read(this.#resolved, 16 * PASSES));
+    return Array.from(
+      { length: PASSES },
+      (_, i) => Number(stamps[2 * i + 1] - stamps[2 * i]) / 1e3,
+    );
+  }
+}
+
+/** GB/s of a kernel that reads a buffer once, 16 bytes a load, and keeps almost nothing. */
+async function readBandwidth(gpu: Gpu, timer: PassTimer): Promise<number> {
+  const bytes = gpu.info.software ? 2 ** 24 : 2 ** 30;
+  const loads = 16;
+  const bindings = ["read", "write"] as const;
+  const pipeline = await gpu.pipeline({
+    label: "read",
+    bindings,
+    code: /* wgsl */ `
+@group(0) @binding(0) var<storage, read> words: array<vec4<u32>>;
+@group(0) @binding(1) var<storage, read_write> kept: array<u32>;
+@compute @workgroup_size(256)
+fn main(
+  @builtin(workgroup_id) workgroup: vec3<u32>,
+  @builtin(local_invocation_index) lane: u32,
+) {
+  let at = (workgroup.y * 1024u + workgroup.x) * ${256 * loads}u + lane;
+${Array.from({ length: loads }, (_, i) => `  let w${i} = words[at + ${i * 256}u];`).join("\n")}
+  let all = ${Array.from({ length: loads }, (_, i) => `w${i}`).join(" ^ ")};
+  if ((all.x ^ all.y ^ all.z ^ all.w) == 0x9e3779b9u) { kept[lane] = 1u; }
+}`,
+  });
+  const words = gpu.storage("words", bytes);
+  const kept = gpu.storage("kept", 1024);
+  const group = gpu.device.createBindGroup({
+    layout: gpu.bindings(bindings),
+    entries: [words, kept].map((buffer, binding) => ({ binding, resource: { buffer } })),
+  });
+  const groups = bytes / (256 * loads * 16);
+  const microseconds = await timer.median((pass) => {
+    pass.setPipeline(pipeline);
+    pass.setBindGroup(0, group);
+    pass.dispatchWorkgroups(Math.min(groups, 1024), Math.ceil(groups / 1024));
+  });
+  words.destroy();
+  kept.destroy();
+  return bytes / microseconds / 1e3;
+}
+
+/** Copies of a matrix of which no cache holds much. */
+async function makeCopies(
+  gpu: Gpu,
+  { name, members, k }: BenchMatrix,
+  format: CodeGemmFormat | null,
+  cacheBytes: number,
+): Promise<Matrix[]> {
+  const n = members.reduce((sum, rows) => sum + rows, 0);
+  const make = (seed: number) =>
+    format === null
+      ? syntheticDense(gpu, name, n, k, seed)
+      : syntheticCodes(gpu, name, members, k, format, seed);
+  const copies = [await make(1)];
+  const wanted = Math.min(32, Math.ceil(cacheBytes / copies[0].bytes));
+  while (copies.length < wanted) copies.push(await make(copies.length + 1));
+  return copies;
+}
+
+/** Microseconds of one kernel at one number of rows. */
+async function measure(
+  gpu: Gpu,
+  timer: PassTimer,
+  copies: Matrix[],
+  family: Family,
+  rows: number,
+): Promise<number> {
+  const [{ n, k, format, order }] = copies;
+  const range = family === "prefill" ? "prefill" : "decode";
+  const decodeRows = range === "decode" ? rows : 0;
+  const shape: StepShape = { decodeRows, rows, outputs: 0, contextTokens: 1 };
+  const x = Float16Array.from({ length: rows * k }, (_, i) => Math.sin(i));
+  const input = gpu.upload("x", new Uint16Array(x.buffer));
+  const output = gpu.storage("y", rows * n * 4);
+  const scratch = gpu.storage("scratch", linearScratchBytes([n, k], format, rows, order));
+  const step = gpu.buffer("step", STEP_BYTES, GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST);
+  gpu.write(step, 0, stepWords(shape));
+  const linears: Linear[] = [];
+  for (const matrix of copies) {
+    linears.push(
+      await createLinear({
+        gpu,
+        label: `${n} x ${k} ${family}`,
+        matrix,
+        step,
+        input: { buffer: input, stride: k, offset: 0 },
+        output: { buffer: output, stride: n, offset: 0 },
+        store: "store",
+        maxRows: rows,
+        scratch,
+        ranges: [range],
+        profile: { version: 1, decode: family === "dequantize" ? "dequantize" : "codegemm" },
+      }),
+    );
+  }
+  const microseconds = await timer.median((pass) =>
+    linears.forEach((linear) => linear.encode(pass, shape, range))
+  );
+  for (const buffer of [input, output, scratch, step]) buffer.destroy();
+  for (const linear of linears) linear.destroy();
+  return microseconds / copies.length;
+}
+
+function parseFormat(text: string): CodeGemmFormat | null {
+  if (text === "dense") return null;
+  const match = /^m(\d+)v(\d+)g(\d+)$/.exec(text);
+  if (!match) throw new FleetError("bad-usage", `--format takes dense or m1v4g128, not ${text}`);
+  const [m, v, g] = match.slice(1).map(Number);
+  return { m, v, g, b: 8 };
+}
+
+/** A row per family and number of rows, a column per matrix, and what a layer takes. */
+function printTable(format: string, matrices: BenchMatrix[], measured: Measurement[]): void {
+  const of = measured.filter((measurement) => measurement.format === format);
+  const head = matrices.map(({ name }) => name.padStart(9)).join("");
+  console.log(`\n${format.padEnd(12)} rows${head}    layer us    GB/s  of read  TFLOP/s`);
+  for (const key of new Set(of.map(({ family, rows }) => `${family} ${rows}`))) {
+    const [family, rows] = key.split(" ");
+    const cells = of.filter((m) => m.family === family && m.rows === Number(rows));
+    const total = cells.reduce((sum, { microseconds }) => sum + microseconds, 0);
+    const mean = (value: (m: Measurement) => number) =>
+      cells.reduce((sum, m) => sum + value(m) * m.microseconds, 0) / total;
+    console.log(
+      family.padEnd(12) + rows.padStart(5) +
+        cells.map(({ microseconds }) => microseconds.toFixed(1).padStart(9)).join("") +
+        total.toFixed(1).padStart(12) + mean((m) => m.gigabytesPerSecond).toFixed(0).padStart(8) +
+        `${(100 * mean((m) => m.bandwidthShare)).toFixed(0)} %`.padStart(9) +
+        mean((m) => m.teraflops).toFixed(1).padStart(9),
+    );
+  }
+}
+
+async function main(): Promise<void> {
+  const { values } = parseFlags({
+    command: "bench kernels",
+    summary: "Times the linear kernels, a layer's worth.",
+    flags: {
+      shape: { type: "string", default: "llama-3-70b", help: Object.keys(SHAPES).join(", ") },
+      format: {
+        type: "string",
+        default: "m1v4g128,m2v8g128",
+        help: "dense or m..v..g.., separated by commas",
+      },
+      family: { type: "string", default: FAMILIES.join(), help: "codegemm, dequantize, prefill" },
+      rows: { type: "string", default: "1,2,4,8,16,32,64", help: "rows of decode steps" },
+      "prefill-rows": { type: "string", default: "32,256", help: "rows of prefill steps" },
+      cache: { type: "bytes", help: "rotate weights over this much (400MiB; 0 in software)" },
+      software: { type: "boolean", help: "run on the CPU where there is no GPU" },
+      out: { type: "path", help: "a file for the figures as JSON" },
+    },
+  });
+  const matrices = SHAPES[values.shape];
+  if (!matrices) throw new FleetError("bad-usage", `There is no shape ${values.shape}`);
+  const gpu = await Gpu.open({ software: values.software });
+  const timer = new PassTimer(gpu);
+  const readGBps = await readBandwidth(gpu, timer);
+  console.log(`${gpu.info.name}: ${values.shape}, reads ${readGBps.toFixed(0)} GB/s`);
+  const cacheBytes = values.cache ?? (gpu.info.software ? 0 : 400 * 2 ** 20);
+  const families = FAMILIES.filter((family) => values.family.split(",").includes(family));
+  const measurements: Measurement[] = [];
+  for (const name of values.format.split(",")) {
+    const format = parseFormat(name);
+    for (const matrix of matrices) {
+      const copies = await makeCopies(gpu, matrix, format, cacheBytes);
+      const [{ n, k, bytes }] = copies;
+      for (const family of families) {
+        if (format === null && family === "dequantize") continue;
+        const counts = family === "prefill" ? values["prefill-rows"] : values.rows;
+        for (const rows of counts.split(",").map(Number)) {
+          const microseconds = await measure(gpu, timer, copies, family, rows);
+          const gigabytesPerSecond = bytes / microseconds / 1e3;
+          measurements.push({
+            matrix: matrix.name,
+            n,
+            k,
+            format: name,
+            family: format === null && family !== "prefill" ? "dense" : family,
+            rows,
+            microseconds,
+            gigabytesPerSecond,
+            bandwidthShare: gigabytesPerSecond / readGBps,
+            teraflops: 2 * n * k * rows / microseconds / 1e6,
+          });
+        }
+      }
+      for (const copy of copies) copy.destroy();
+    }
+    printTable(name, matrices, measurements);
+  }
+  if (values.out !== undefined) {
+    const report = { adapter: gpu.info, readGBps, shape: values.shape, measurements };
+    await Deno.writeTextFile(values.out, JSON.stringify(report, null, 2) + "\n");
+  }
+  gpu.close();
+}
+
+if (import.meta.main) await runCommand(main);
