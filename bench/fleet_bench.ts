@@ -47,8 +47,9 @@ type Values = ReturnType<typeof parseFlags<typeof COMMAND.flags>>["values"];
 interface Measurement {
   sequences: number;
   tokensPerSecond: number;
-  tokenMs: number | null;
-  /** Median per hop, ms. */
+  /** Time between two tokens of a sequence, prompts and ramps included. */
+  tokenMs: number;
+  /** Median per hop over the last 512 steps, ms. */
   wireMs: number[];
   gpuMs: number[];
   busy: (number | null)[];
@@ -141,12 +142,12 @@ async function measure(url: string, sequences: number, tokens: number): Promise<
   const all = () => Promise.all(Array.from({ length: sequences }, (_, client) => ask(client)));
   const startMs = performance.now();
   await all();
-  const tokensPerSecond = sequences * tokens / (performance.now() - startMs) * 1000;
+  const tookMs = performance.now() - startMs;
   const { plan }: FleetSnapshot = await (await fetch(`${url}/fleet`)).json();
   return {
     sequences,
-    tokensPerSecond,
-    tokenMs: plan?.measuredTokenMs ?? null,
+    tokensPerSecond: sequences * tokens / tookMs * 1000,
+    tokenMs: tookMs / tokens,
     wireMs: plan?.stages.map(({ latency }) => latency?.wire.p50 ?? 0) ?? [],
     gpuMs: plan?.stages.map(({ latency }) => latency?.gpu.p50 ?? 0) ?? [],
     busy: plan?.stages.map(({ busy }) => busy) ?? [],
@@ -199,7 +200,7 @@ function table(title: string, measured: readonly Measurement[], alone?: readonly
       [
         String(m.sequences).padStart(9),
         m.tokensPerSecond.toFixed(1).padStart(10),
-        (m.tokenMs?.toFixed(2) ?? "-").padStart(10),
+        m.tokenMs.toFixed(2).padStart(10),
         ` ${list(m.wireMs)}`,
         ` ${list(m.gpuMs)}`,
         efficiency === null ? "" : `${(100 * efficiency).toFixed(0)} %`,
