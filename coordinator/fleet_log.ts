@@ -20,6 +20,8 @@ const EVENTS_PER_TOPIC = 40;
 /** Events of a topic within a span; those beyond are only counted, and the count told at its end. */
 const EVENTS_PER_SPAN = 10;
 const SPAN_MS = 10_000;
+/** A plan of 128 stages is explained in more words than anybody reads. */
+const MOST_CHARACTERS = 4_000;
 
 /** The span of {@linkcode TokenRate}. */
 const RATE_SPAN_MS = 5_000;
@@ -77,11 +79,16 @@ export class FleetLog {
   }
 
   #tell(room: Room, level: FleetEvent["level"], text: string): void {
-    const event = { atUnixMs: this.#clock.unixMs(), level, text };
+    const event = { atUnixMs: this.#clock.unixMs(), level, text: oneLine(text) };
     room.events.unshift({ ...event, order: this.#order++ });
     if (room.events.length > EVENTS_PER_TOPIC) room.events.pop();
     this.#print(event);
   }
+}
+
+/** Some of the words come from workers: they shall not write lines, or control a terminal. */
+function oneLine(text: string): string {
+  return text.slice(0, MOST_CHARACTERS).replaceAll(/\p{Cc}+/gu, " ");
 }
 
 /** What was not taken, by reason: the coordinator's own, as workers count theirs in beats. */

@@ -33,3 +33,9 @@ Deno.test("a few events are all told, and nothing is said about those that were 
   log.tick();
   assertEquals(log.events.map(({ text }) => text), [4, 3, 2, 1, 0].map((i) => `w${i} joined`));
 });
+
+Deno.test("words of others stay on one line", () => {
+  const log = new FleetLog(new VirtualClock(), () => {});
+  log.add("workers", "error", "w1 failed: \x1b[2Jno\r\nluck\x00");
+  assertEquals(log.events[0].text, "w1 failed:  [2Jno luck ");
+});

@@ -167,10 +167,11 @@ export class Membership {
     return events;
   }
 
-  /** Nobody could be heard until now: everyone present gets the whole time to beat again. */
-  grace(nowMs: number): void {
+  /** Nobody could be heard for the last `ms`: they do not count as anybody's silence. */
+  excuse(ms: number, nowMs: number): void {
     for (const member of this.#members.values()) {
-      if (member.state !== "lost") member.lastBeatAtMs = nowMs;
+      if (member.state === "lost") continue;
+      member.lastBeatAtMs = Math.min(nowMs, member.lastBeatAtMs + ms);
     }
   }
 

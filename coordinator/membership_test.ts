@@ -149,7 +149,7 @@ Deno.test("past its bound the fleet takes no more workers, and forgets those it 
 Deno.test("after an outage of our own nobody is dead who had no chance to be heard", () => {
   const members = fleet();
   members.hello(card("a"), 0);
-  members.grace(5_000);
-  assertEquals(members.tick(5_600), []);
-  assertEquals(members.tick(5_700).map(({ type }) => type), ["lost"]);
+  members.excuse(4_800, 5_000);
+  assertEquals(members.tick(5_400), []);
+  assertEquals(members.tick(5_500).map(({ type }) => type), ["lost"]);
 });

@@ -5,8 +5,9 @@
  * @module
  */
 import type { NatsConnection } from "nats.ws";
-import { type Checkpoint, formatName } from "../shared/checkpoint/mod.ts";
+import { assertFinite, type Checkpoint, formatName } from "../shared/checkpoint/mod.ts";
 import { systemClock } from "../shared/clock.ts";
+import { DTYPE_BYTES } from "../shared/model_config.ts";
 import { describeParts } from "../shared/parts.ts";
 import { publishParts } from "../shared/weights.ts";
 import type { FleetModel } from "./fleet.ts";
@@ -28,7 +29,8 @@ export interface PublishOptions {
 const PROGRESS_EVERY_MS = 2_000;
 
 /**
- * Hashes the checkpoint, uploads what the store lacks (unless told not to), and says what the fleet serves.
+ * Hashes the checkpoint, checks that its values are numbers, uploads what the store lacks (unless told
+ * not to), and says what the fleet serves.
  *
  * @throws FleetError as `describeParts` and `publishParts` do
  */
@@ -41,7 +43,7 @@ export async function publishModel(
   const totalBytes = checkpoint.names()
     .reduce((sum, name) => sum + checkpoint.info(name).bytes, 0);
   const hashed = progressLine((line) => log(`${id}: hashing ${line}`));
-  const manifest = await describeParts(checkpoint, {
+  const manifest = await describeParts(withFiniteValues(checkpoint), {
     onProgress: (doneBytes) => hashed({ doneBytes, totalBytes }),
   });
   if (options.upload) {
@@ -66,6 +68,22 @@ export async function publishModel(
     configJson,
     digest: manifest.digest,
     parts: manifest.parts.map(({ ref }) => ref),
+  };
+}
+
+/**
+ * The same checkpoint; whoever reads a value through it that is no number gets an error instead. A
+ * damaged checkpoint should be known by its tensor's name here, not by the workers that fail to load it.
+ */
+function withFiniteValues(checkpoint: Checkpoint): Checkpoint {
+  return {
+    ...checkpoint,
+    async read(name, offset, length) {
+      const bytes = await checkpoint.read(name, offset, length);
+      const { dtype } = checkpoint.info(name);
+      assertFinite(name, dtype, bytes, offset / DTYPE_BYTES[dtype]);
+      return bytes;
+    },
   };
 }
 

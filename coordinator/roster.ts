@@ -48,8 +48,9 @@ export interface RosterOptions {
 const PING_EVERY_MS = 1_000;
 const PING_TIMEOUT_MS = 900;
 const ROLL_CALL_EVERY_MS = 1_000;
-/** A connection that ended may have been replaced by a new one: whoever is there answers in this time. */
-const STILL_THERE_MS = 250;
+/** A tick that comes so much later than the one before: this process was busy, and beats are waiting. */
+const DEAF_AFTER_MS = 200;
+const STILL_THERE_MS = 1_000;
 
 /** Who is there, and how far away. */
 export class Roster {
@@ -58,6 +59,7 @@ export class Roster {
   readonly #offsets = new Map<string, ClockOffset>();
   readonly #probation = new Probation();
   #subscriptions: Subscription[] = [];
+  #lastTickMs = -Infinity;
   #lastPingMs = -Infinity;
   #lastRollCallMs = -Infinity;
 
@@ -75,7 +77,7 @@ export class Roster {
       bus.onStatus((status) => {
         log.add("bus", status === "connected" ? "info" : "warning", `the bus is ${status}`);
         if (status !== "connected") return;
-        this.#membership.grace(this.#options.clock.nowMs());
+        this.#membership.excuse(Infinity, this.#options.clock.nowMs());
         this.#rollCall();
         onReconnected();
       }),
@@ -91,9 +93,12 @@ export class Roster {
   /** To be called some times a second. */
   tick(): void {
     const { bus, clock, onRestored } = this.#options;
+    const nowMs = clock.nowMs();
+    const sinceMs = nowMs - this.#lastTickMs;
+    this.#lastTickMs = nowMs;
     // Who hears nothing cannot tell who is silent.
     if (bus.status !== "connected") return;
-    const nowMs = clock.nowMs();
+    if (sinceMs > DEAF_AFTER_MS) this.#membership.excuse(sinceMs, nowMs);
     this.#tell(this.#membership.tick(nowMs));
     if (this.#probation.tick(nowMs)) onRestored();
     if (nowMs - this.#lastPingMs < PING_EVERY_MS) return;
@@ -145,8 +150,8 @@ export class Roster {
 
   /**
    * The bus says that a connection of this name has ended: sooner than beats could tell. But it may
-   * be an old connection of a worker that has a new one, or another process of its name; so whoever
-   * is there is asked, which costs milliseconds where nobody is.
+   * be an old connection of a worker that has a new one, or another process of its name; so the name
+   * is called once more, and where nobody listens the bus says so within milliseconds.
    */
   async disconnected(worker: string): Promise<void> {
     const { instance } = this.#membership.get(worker)?.card ?? {};
@@ -154,7 +159,9 @@ export class Roster {
     try {
       const sentAtMs = this.#options.clock.unixMs();
       await this.#request(worker, { type: "ping", sentAtMs }, STILL_THERE_MS);
-    } catch {
+    } catch (error) {
+      // Somebody listens, though perhaps too busy to answer: beats will tell.
+      if (!(error instanceof FleetError) || error.code !== "nats") return;
       if (!this.isPresent(worker, instance)) return;
       this.#tell(this.#membership.disconnected(worker, "its connection to NATS ended"));
     }

@@ -1,5 +1,6 @@
-import { assertEquals } from "@std/assert";
+import { assertEquals, assertRejects } from "@std/assert";
 import { VirtualClock } from "../../shared/clock.ts";
+import { FleetError } from "../../shared/errors.ts";
 import { eventPayloads } from "../monitor/event_stream.js";
 import { eventStream } from "./sse.ts";
 
@@ -35,6 +36,29 @@ Deno.test("events are taken when there is room for them, and a reader that leave
   assertEquals([taken, abort.signal.aborted], [2, false]);
   await reader.cancel();
   assertEquals(abort.signal.aborted, true);
+});
+
+Deno.test("a reader that takes nothing for a minute is let go of; one that merely waits is not", async () => {
+  const clock = new VirtualClock();
+  let ended = false;
+  async function* events() {
+    try {
+      while (true) yield "more";
+    } finally {
+      ended = true;
+    }
+  }
+  const abort = new AbortController();
+  const reader = eventStream(events(), clock, abort).body!.getReader();
+  for (let i = 0; i < 5; i++) {
+    await reader.read();
+    clock.advance(59_000);
+  }
+  assertEquals([abort.signal.aborted, ended], [false, false]);
+  clock.advance(1_000);
+  assertEquals(abort.signal.aborted, true);
+  await assertRejects(() => reader.read(), FleetError, "stopped reading");
+  assertEquals([ended, clock.step()], [true, false]);
 });
 
 Deno.test("payloads are read back whole, wherever the chunks are cut", async () => {
