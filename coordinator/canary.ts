@@ -7,7 +7,7 @@ import type { Clock } from "../shared/clock.ts";
 import { toFleetError } from "../shared/errors.ts";
 import { LIMITS } from "../shared/limits.ts";
 import type { ModelConfig } from "../shared/model_config.ts";
-import type { Engine, GenerateRequest, Readiness } from "./engine.ts";
+import { type Engine, PLAIN_REQUEST, type Readiness } from "./engine.ts";
 
 /** Sends one, and waits for it no longer than `LIMITS.readyWithinMs`. */
 export async function sendCanary(
@@ -19,7 +19,9 @@ export async function sendCanary(
   const timer = clock.after(LIMITS.readyWithinMs, () => over.abort());
   const startMs = clock.nowMs();
   try {
-    for await (const event of engine.generate(canary(config), over.signal)) {
+    // The shortest request there is: one token after one token.
+    const promptTokens = Uint32Array.of(config.bosToken ?? 0);
+    for await (const event of engine.generate({ ...PLAIN_REQUEST, promptTokens }, over.signal)) {
       if (event.type !== "finish") continue;
       const tookMs = Math.round(clock.nowMs() - startMs);
       return { ready: true, reason: `a canary token took ${tookMs} ms` };
@@ -30,22 +32,4 @@ export async function sendCanary(
   } finally {
     timer.cancel();
   }
-}
-
-/** The shortest request there is: one token after one token. */
-function canary(config: ModelConfig): GenerateRequest {
-  return {
-    promptTokens: Uint32Array.of(config.bosToken ?? 0),
-    maxTokens: 1,
-    temperature: 0,
-    topP: 1,
-    topK: 0,
-    seed: 0n,
-    choice: 0,
-    presencePenalty: 0,
-    frequencyPenalty: 0,
-    bias: new Map(),
-    alternatives: 0,
-    stopTokens: [],
-  };
 }

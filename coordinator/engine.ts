@@ -27,6 +27,21 @@ export interface GenerateRequest {
   stopTokens: readonly number[];
 }
 
+/** All but the prompt of the plainest request: one token, greedy, with nothing added. */
+export const PLAIN_REQUEST: Omit<GenerateRequest, "promptTokens"> = {
+  maxTokens: 1,
+  temperature: 0,
+  topP: 1,
+  topK: 0,
+  seed: 0n,
+  choice: 0,
+  presencePenalty: 0,
+  frequencyPenalty: 0,
+  bias: new Map(),
+  alternatives: 0,
+  stopTokens: [],
+};
+
 /** A token with its log-probability (after bias and penalties, at temperature 1). */
 export interface TokenLogprob {
   token: number;

@@ -5,6 +5,7 @@
  * @module
  */
 import { decodeFrame, encodeFrame, stepFrameBytes } from "../shared/codec.ts";
+import { PLAIN_REQUEST } from "./engine.ts";
 import { Ledger } from "./ledger.ts";
 import { type ScheduledStep, Scheduler } from "./scheduler.ts";
 
@@ -26,19 +27,12 @@ function fullScheduler(): Scheduler {
   });
   for (let i = 0; i < SEQUENCES; i++) {
     scheduler.submit({
+      ...PLAIN_REQUEST,
       id: `s${i}`,
       promptTokens: new Uint32Array(1000),
       maxTokens: 3000,
       temperature: 1,
-      topP: 1,
-      topK: 0,
       seed: BigInt(i),
-      choice: 0,
-      presencePenalty: 0,
-      frequencyPenalty: 0,
-      bias: new Map(),
-      alternatives: 0,
-      stopTokens: [],
     });
   }
   return scheduler;

@@ -2,6 +2,7 @@ import { assert, assertEquals, assertLessOrEqual, assertThrows } from "@std/asse
 import { stepFrameBytes } from "../shared/codec.ts";
 import { FleetError } from "../shared/errors.ts";
 import type { RowResult } from "../shared/frames.ts";
+import { PLAIN_REQUEST } from "./engine.ts";
 import {
   type ScheduledStep,
   Scheduler,
@@ -37,19 +38,11 @@ function sequence(
   changes: Partial<SubmittedSequence> = {},
 ): SubmittedSequence {
   return {
+    ...PLAIN_REQUEST,
     id,
     promptTokens: Uint32Array.from({ length: promptLength }, (_, i) => 100 + i),
     maxTokens: 1000,
-    temperature: 0,
-    topP: 1,
-    topK: 0,
     seed: 0x0123456789abcdefn,
-    choice: 0,
-    presencePenalty: 0,
-    frequencyPenalty: 0,
-    bias: new Map(),
-    alternatives: 0,
-    stopTokens: [],
     ...changes,
   };
 }

@@ -6,7 +6,7 @@
  *
  * @module
  */
-import type { RowRequest, SamplingParams, StepBatch } from "../shared/frames.ts";
+import { GREEDY, type RowRequest, type SamplingParams, type StepBatch } from "../shared/frames.ts";
 import type { StageSpec, StageSteps } from "./stage_spec.ts";
 
 /** Decode rows of the warm-up steps: each makes another batch size of the decode kernels run. */
@@ -51,17 +51,10 @@ function mixedBatch(decodeRows: number, { limits, last }: StageSpec): StepBatch 
 
 /** Asks for all that sampling can do. */
 const EVERYTHING: SamplingParams = {
+  ...GREEDY,
   temperature: 1,
   topP: 0.5,
-  topK: 0,
-  seedLow: 0,
-  seedHigh: 0,
-  choice: 0,
-  presencePenalty: 0,
-  frequencyPenalty: 0,
   biasTokens: Uint32Array.of(0),
   biasValues: Float32Array.of(1),
-  countTokens: new Uint32Array(0),
-  counts: new Uint32Array(0),
   alternatives: 1,
 };

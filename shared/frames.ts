@@ -51,6 +51,23 @@ export interface SamplingParams {
   alternatives: number;
 }
 
+/** The plainest sampling: greedy, with nothing added. */
+export const GREEDY: SamplingParams = {
+  temperature: 0,
+  topP: 1,
+  topK: 0,
+  seedLow: 0,
+  seedHigh: 0,
+  choice: 0,
+  presencePenalty: 0,
+  frequencyPenalty: 0,
+  biasTokens: new Uint32Array(0),
+  biasValues: new Float32Array(0),
+  countTokens: new Uint32Array(0),
+  counts: new Uint32Array(0),
+  alternatives: 0,
+};
+
 /** What one row is asked for. Rows without a request only write the KV cache. */
 export type RowRequest =
   /** Draw the token that follows the row; keyed also by the row's position + 1. */

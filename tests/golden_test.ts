@@ -11,6 +11,7 @@ import { loadReference } from "../model/reference.ts";
 import { type ChainRow, type RequestKind, StageChain, stepBatch } from "../model/stage_chain.ts";
 import { type Checkpoint, openCheckpoint } from "../shared/checkpoint/mod.ts";
 import { directorySource } from "../shared/checkpoint/directory.ts";
+import { GREEDY } from "../shared/frames.ts";
 
 /** A prompt with what the reference implementation says of it. */
 interface Golden {
@@ -44,24 +45,7 @@ const readJson = async (name: string) =>
 const LIMITS = { maxRows: 256, maxSequences: 4, maxOutputs: 8, pages: 48, contextTokens: 384 };
 /** Held-out tokens whose perplexity is compared with plain loops. */
 const HELDOUT_TOKENS = 96;
-const GREEDY: RequestKind = {
-  type: "sample",
-  sampling: {
-    temperature: 0,
-    topP: 1,
-    topK: 0,
-    seedLow: 0,
-    seedHigh: 0,
-    choice: 0,
-    presencePenalty: 0,
-    frequencyPenalty: 0,
-    biasTokens: new Uint32Array(),
-    biasValues: new Float32Array(),
-    countTokens: new Uint32Array(),
-    counts: new Uint32Array(),
-    alternatives: 0,
-  },
-};
+const GREEDY_ROW: RequestKind = { type: "sample", sampling: GREEDY };
 
 /** One device for all tests: much of their time goes into compiling kernels. */
 let shared: Promise<Gpu> | null = null;
@@ -132,7 +116,7 @@ Deno.test({
         });
       };
       for (const [sequence, golden] of goldens.entries()) {
-        await take(rowsOf(sequence, golden.prompt_ids, 0, GREEDY), 0, [sequence]);
+        await take(rowsOf(sequence, golden.prompt_ids, 0, GREEDY_ROW), 0, [sequence]);
       }
       for (let count = 1; count < 64; count++) {
         const rows = goldens.flatMap((golden, sequence) =>
@@ -140,7 +124,7 @@ Deno.test({
             sequence,
             [generated[sequence][count - 1]],
             golden.prompt_ids.length + count - 1,
-            GREEDY,
+            GREEDY_ROW,
           )
         );
         await take(rows, rows.length, [0, 1, 2, 3]);

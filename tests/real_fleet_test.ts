@@ -1,5 +1,5 @@
 import { assert, assertEquals } from "@std/assert";
-import type { GenerateRequest } from "../coordinator/engine.ts";
+import { type GenerateRequest, PLAIN_REQUEST } from "../coordinator/engine.ts";
 import { Fleet } from "../coordinator/fleet.ts";
 import { Gpu } from "../kernels/mod.ts";
 import { directorySource } from "../shared/checkpoint/directory.ts";
@@ -91,21 +91,6 @@ async function realFleet(
   };
 }
 
-const REQUEST: GenerateRequest = {
-  promptTokens: Uint32Array.of(4091),
-  maxTokens: 16,
-  temperature: 0,
-  topP: 1,
-  topK: 0,
-  seed: 0n,
-  choice: 0,
-  presencePenalty: 0,
-  frequencyPenalty: 0,
-  bias: new Map(),
-  alternatives: 0,
-  stopTokens: [],
-};
-
 /** Greedy and sampled, long and short, with and without penalties and nucleus. */
 function mixedRequests(encode: (text: string) => Uint32Array): GenerateRequest[] {
   const texts = [
@@ -114,9 +99,9 @@ function mixedRequests(encode: (text: string) => Uint32Array): GenerateRequest[]
     `${"It was a dark night. ".repeat(8)}Then`,
   ];
   return texts.flatMap((text, i) => [
-    { ...REQUEST, promptTokens: encode(text), maxTokens: 8 + i },
+    { ...PLAIN_REQUEST, promptTokens: encode(text), maxTokens: 8 + i },
     {
-      ...REQUEST,
+      ...PLAIN_REQUEST,
       promptTokens: encode(text),
       maxTokens: 6 + 2 * i,
       temperature: 0.9,

@@ -6,7 +6,7 @@
  */
 import { invariant } from "../shared/errors.ts";
 import { type Clock, VirtualClock } from "../shared/clock.ts";
-import type { GenerateEvent, GenerateRequest } from "../coordinator/engine.ts";
+import { type GenerateEvent, type GenerateRequest, PLAIN_REQUEST } from "../coordinator/engine.ts";
 import { Fleet, type FleetModel, type FleetOptions } from "../coordinator/fleet.ts";
 import type { Bus } from "../shared/bus.ts";
 import type { RowResult, StepBatch } from "../shared/frames.ts";
@@ -328,18 +328,9 @@ async function collect(events: AsyncIterable<GenerateEvent>, into: Collected): P
 }
 
 const REQUEST: GenerateRequest = {
+  ...PLAIN_REQUEST,
   promptTokens: Uint32Array.of(0, 5, 9),
   maxTokens: 20,
-  temperature: 0,
-  topP: 1,
-  topK: 0,
-  seed: 0n,
-  choice: 0,
-  presencePenalty: 0,
-  frequencyPenalty: 0,
-  bias: new Map(),
-  alternatives: 0,
-  stopTokens: [],
 };
 
 /** Lets every promise that can settle do so. */

@@ -3,26 +3,15 @@
  *
  * @module
  */
-import type { RowRequest, RowResult, SamplingParams } from "../../shared/frames.ts";
+import {
+  GREEDY,
+  type RowRequest,
+  type RowResult,
+  type SamplingParams,
+} from "../../shared/frames.ts";
 import { gaussian, type Random } from "../../shared/random.ts";
 import { Gpu, type GpuOptions } from "../gpu.ts";
 import { createSampler } from "./sampler.ts";
-
-const GREEDY: SamplingParams = {
-  temperature: 0,
-  topP: 1,
-  topK: 0,
-  seedLow: 0,
-  seedHigh: 0,
-  choice: 0,
-  presencePenalty: 0,
-  frequencyPenalty: 0,
-  biasTokens: new Uint32Array(),
-  biasValues: new Float32Array(),
-  countTokens: new Uint32Array(),
-  counts: new Uint32Array(),
-  alternatives: 0,
-};
 
 /** Greedy parameters, but for what is said. */
 export function sampling(params: Partial<SamplingParams>): SamplingParams {

@@ -1,4 +1,5 @@
 import { assertEquals, assertGreaterOrEqual } from "@std/assert";
+import { PLAIN_REQUEST } from "../../coordinator/engine.ts";
 import type { SchedulerConfig } from "../../coordinator/scheduler.ts";
 import { seededRandom } from "../../shared/random.ts";
 import { NO_FAULTS, SimulatedFleet } from "./simulated_fleet.ts";
@@ -31,19 +32,12 @@ function leastBusy(stages: number, submitEveryMs: number): number {
   for (let i = 0; i < 16; i++) {
     fleet.clock.after(i * submitEveryMs, () => {
       fleet.submit({
+        ...PLAIN_REQUEST,
         id: `s${i}`,
         promptTokens: Uint32Array.from({ length: 5 + i }, (_, j) => i + j),
         maxTokens: 250,
         temperature: 1,
-        topP: 1,
-        topK: 0,
         seed: BigInt(i),
-        choice: 0,
-        presencePenalty: 0,
-        frequencyPenalty: 0,
-        bias: new Map(),
-        alternatives: 0,
-        stopTokens: [],
       });
     });
   }
