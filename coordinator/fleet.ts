@@ -251,11 +251,27 @@ export class Fleet implements Engine {
         break;
       }
       case "changed":
-        // It serves or loads what an earlier plan, perhaps one that was called off, asked of it.
-        if (this.#plan && !this.#serves(event)) this.#roster.release(worker);
+        this.#heedBeat(event);
         break;
       default:
         event satisfies never;
+    }
+  }
+
+  /** Beats say again what may have been lost with a report. */
+  #heedBeat(event: { worker: string; instance: string }): void {
+    const { worker, instance } = event;
+    const beat = this.#roster.beat(worker);
+    if (!this.#plan || !beat) return;
+    // What it serves or loads was asked of it by an earlier plan, perhaps one that was called off.
+    if (!this.#serves(event)) return this.#roster.release(worker);
+    const { epoch } = this.#plan;
+    if (beat.epoch !== epoch) return;
+    if (beat.state === "serving") {
+      this.#assignment?.report(worker, { type: "ready", instance, epoch, loadMs: 0 });
+    } else if (beat.state === "failed") {
+      const message = "it says that it failed, and its reason was lost on the way";
+      this.#onReport(worker, { type: "failed", instance, epoch, code: "unavailable", message });
     }
   }
 

@@ -128,6 +128,11 @@ export class Roster {
     return this.#membership.isPresent(worker, instance);
   }
 
+  /** The latest beat of a worker; null before the first. */
+  beat(worker: string): Beat | null {
+    return this.#membership.get(worker)?.beat ?? null;
+  }
+
   /** Why a member is left out for now; null when it is not. */
   exclusion({ card }: Member): string | null {
     return this.#probation.exclusion(card.worker, card.instance, this.#options.clock.nowMs());

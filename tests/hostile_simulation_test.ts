@@ -443,6 +443,24 @@ Deno.test("NATS away while workers load: they go on loading, and serve that very
   assertEquals(simulated.fleet.snapshot().plan!.epoch, 1);
 });
 
+Deno.test("a bus that loses one message in five, of any kind, and every single report", async () => {
+  const simulated = new SimulatedFleet({ seed: 5, fleet: { stages: 3 } });
+  simulated.hub.faults = { lose: 0.2, double: 0.1, delay: 0, maxDelayMs: 10 };
+  for (const name of ["w1", "w2", "w3"]) simulated.join(name);
+  await serving(simulated);
+  assertEquals(await simulated.generate(REQUESTS), expected);
+
+  const reports = (subject: string) => subject.includes(".report.");
+  const silent = new SimulatedFleet({ fleet: { stages: 2 } });
+  silent.hub.faults = { lose: 1, double: 0, delay: 0, maxDelayMs: 0, subject: reports };
+  silent.join("w1");
+  silent.join("w2", { load: () => Promise.reject(new FleetError("gpu", "no luck")) });
+  const startMs = silent.clock.nowMs();
+  await serving(silent);
+  assert(silent.clock.nowMs() - startMs < 5_000);
+  assertStringIncludes(textsOf(silent), "w2 is left out for 30 s: it says that it failed");
+});
+
 Deno.test("a worker that loads what was called off is told to let go", async () => {
   const simulated = new SimulatedFleet();
   const finish: (() => void)[] = [];
