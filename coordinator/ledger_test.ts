@@ -92,3 +92,16 @@ Deno.test("a step that never completes gives the pipeline up, one that waits beh
   assertEquals(given.error.code, "unavailable");
   assertEquals(given.error.message, "Step 5 brought no result in 3 attempts");
 });
+
+Deno.test("gaps are heard at once, then no sooner than a step needs, and ever less while nothing comes", () => {
+  const ledger = new Ledger<number>(1);
+  ledger.accept(ledger.issue(1, 1, 0), 50);
+  assertEquals(ledger.gapHeardMs, -Infinity);
+  const second = ledger.issue(2, 2, 50);
+  ledger.raise(60);
+  assertEquals(ledger.gapHeardMs, 160, "twice the usual latency");
+  ledger.raise(160);
+  assertEquals(ledger.gapHeardMs, 360);
+  assertEquals(ledger.accept(second, 210).type, "accepted");
+  assert(ledger.gapHeardMs < 360, "a step came through");
+});
