@@ -55,6 +55,8 @@ async function logitBits(chain: StageChain, batch: StepBatch): Promise<Uint32Arr
   });
 }
 
+const STACKED = "codegemm m1v4g32, q k v and gate up in stacks";
+
 const MODELS: Record<string, ModelConfig> = {
   "dense, heads of 8": tinyConfig(),
   "dense, heads of 40, tied, llama3 scaling": tinyConfig({
@@ -66,6 +68,14 @@ const MODELS: Record<string, ModelConfig> = {
     ropeScaling: { factor: 8, lowFreqFactor: 1, highFreqFactor: 4, originalContextTokens: 64 },
   }),
   "codegemm m1v4g32": tinyConfig({ ffnSize: 160, heads: 4, codegemm: { m: 1, v: 4, g: 32, b: 8 } }),
+  [STACKED]: tinyConfig({
+    hiddenSize: 128,
+    heads: 8,
+    kvHeads: 4,
+    headDim: 64,
+    ffnSize: 256,
+    codegemm: { m: 1, v: 4, g: 32, b: 8 },
+  }),
   "codegemm m2v8g64": tinyConfig({
     hiddenSize: 128,
     heads: 8,
@@ -110,38 +120,41 @@ for (const [name, config] of Object.entries(MODELS)) {
     }));
 }
 
-Deno.test("stages, chunks, batch mates and pages change no bit of a row", () =>
-  withGpu(async (gpu) => {
-    const config = MODELS["codegemm m1v4g32"];
-    const tensors = randomModel(config, 5);
-    const tokens = randomTokens(config, 37, 3);
-    const mate = randomTokens(config, 37, 4);
-    const run = async (cuts: number[], chunk: number, mates: number, swap: boolean) => {
-      const chain = await StageChain.load({ gpu, config, tensors, limits: LIMITS, cuts });
-      const pages = pageTables(3);
-      if (swap) pages.reverse();
-      const bits: Uint32Array[] = [];
-      for (let at = 0; at < 35; at += chunk) {
-        const rows = [
-          ...rowsOf(0, mate, 0, mates),
-          ...rowsOf(2, tokens, at, Math.min(35, at + chunk)),
-        ];
-        bits.push(...(await logitBits(chain, stepBatch(pages, rows, 0))).slice(mates));
-      }
-      for (const at of [35, 36]) {
-        const decode = [...rowsOf(2, tokens, at, at + 1), ...rowsOf(0, mate, mates, mates + mates)];
-        const batch = stepBatch(pages, [...decode, ...rowsOf(1, mate, 0, mates)], decode.length);
-        bits.push((await logitBits(chain, batch))[0]);
-      }
-      chain.destroy();
-      return bits;
-    };
-    const alone = await run([], 35, 0, false);
-    assertEquals(alone.length, 37);
-    assertEquals(await run([1], 35, 0, true), alone);
-    assertEquals(await run([1, 2], 7, 5, false), alone);
-    assertEquals(await run([2], 1, 3, false), alone);
-  }));
+for (const name of ["codegemm m1v4g32", STACKED]) {
+  Deno.test(`stages, chunks, batch mates and pages change no bit of a row: ${name}`, () =>
+    withGpu((gpu) => changesNoBit(gpu, MODELS[name])));
+}
+
+async function changesNoBit(gpu: Gpu, config: ModelConfig): Promise<void> {
+  const tensors = randomModel(config, 5);
+  const tokens = randomTokens(config, 37, 3);
+  const mate = randomTokens(config, 37, 4);
+  const run = async (cuts: number[], chunk: number, mates: number, swap: boolean) => {
+    const chain = await StageChain.load({ gpu, config, tensors, limits: LIMITS, cuts });
+    const pages = pageTables(3);
+    if (swap) pages.reverse();
+    const bits: Uint32Array[] = [];
+    for (let at = 0; at < 35; at += chunk) {
+      const rows = [
+        ...rowsOf(0, mate, 0, mates),
+        ...rowsOf(2, tokens, at, Math.min(35, at + chunk)),
+      ];
+      bits.push(...(await logitBits(chain, stepBatch(pages, rows, 0))).slice(mates));
+    }
+    for (const at of [35, 36]) {
+      const decode = [...rowsOf(2, tokens, at, at + 1), ...rowsOf(0, mate, mates, mates + mates)];
+      const batch = stepBatch(pages, [...decode, ...rowsOf(1, mate, 0, mates)], decode.length);
+      bits.push((await logitBits(chain, batch))[0]);
+    }
+    chain.destroy();
+    return bits;
+  };
+  const alone = await run([], 35, 0, false);
+  assertEquals(alone.length, 37);
+  assertEquals(await run([1], 35, 0, true), alone);
+  assertEquals(await run([1, 2], 7, 5, false), alone);
+  assertEquals(await run([2], 1, 3, false), alone);
+}
 
 Deno.test("two steps may be in flight, and replaying a step gives the same bits again", () =>
   withGpu(async (gpu) => {
