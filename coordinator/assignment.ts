@@ -19,7 +19,7 @@ import {
   PROTOCOL_VERSION,
   type Subjects,
 } from "../shared/protocol.ts";
-import type { FleetModel } from "./fleet.ts";
+import type { FleetModel } from "./fleet_options.ts";
 import type { Plan } from "./planner.ts";
 import type { StageReport } from "./roster.ts";
 

@@ -5,17 +5,17 @@
  *
  * @module
  */
-import type { Bus } from "../shared/bus.ts";
-import { type Clock, sleep, type Timer } from "../shared/clock.ts";
+import { sleep, type Timer } from "../shared/clock.ts";
 import { FleetError, toFleetError } from "../shared/errors.ts";
 import { LIMITS } from "../shared/limits.ts";
-import type { ModelConfig, PartName } from "../shared/model_config.ts";
-import { type NumericsProfile, type PartRef, type Subjects, subjects } from "../shared/protocol.ts";
+import type { PartName } from "../shared/model_config.ts";
+import { type Subjects, subjects } from "../shared/protocol.ts";
 import { Assignment, type AssignmentOutcome, assignRequests } from "./assignment.ts";
 import { sendCanary } from "./canary.ts";
 import type { Engine, GenerateRequest, Readiness } from "./engine.ts";
-import { EventStream } from "./event_stream.ts";
-import { FleetLog, Rejections, TokenRate } from "./fleet_log.ts";
+import type { EventStream } from "./event_stream.ts";
+import { FleetLog, Rejections } from "./fleet_log.ts";
+import type { FleetOptions } from "./fleet_options.ts";
 import { fleetSnapshot } from "./fleet_snapshot.ts";
 import type { MembershipEvent } from "./membership.ts";
 import { Pipeline } from "./pipeline.ts";
@@ -23,38 +23,10 @@ import { type Plan, planStages } from "./planner.ts";
 import { Roster, type StageReport } from "./roster.ts";
 import { Scheduler, type SchedulerEvent } from "./scheduler.ts";
 import { schedulerConfig } from "./scheduler_config.ts";
-import type { FleetEvent, FleetSnapshot } from "./snapshot.ts";
+import type { FleetSnapshot } from "./snapshot.ts";
+import { Streams } from "./streams.ts";
 
-/** The model that a fleet serves. */
-export interface FleetModel {
-  id: string;
-  createdUnix: number;
-  /** "m1v4g128" or "float16". */
-  format: string;
-  config: ModelConfig;
-  configJson: string;
-  digest: string;
-  parts: readonly PartRef[];
-}
-
-/** What a fleet is made of. */
-export interface FleetOptions {
-  bus: Bus;
-  clock: Clock;
-  prefix: string;
-  model: FleetModel;
-  /** A number that was never used before in this fleet, made durable first. */
-  nextEpoch: () => Promise<number>;
-  /** Longest sequence, tokens. */
-  contextTokens: number;
-  /** Sequences that should find pages at once; the planner gives what fits. */
-  sequences: number;
-  objective: "throughput" | "latency";
-  /** Wait for this many workers, and use as many stages; null plans with who is there. */
-  stages: number | null;
-  profile: NumericsProfile;
-  log: (event: FleetEvent) => void;
-}
+export type { FleetModel, FleetOptions } from "./fleet_options.ts";
 
 /** What the workers should still hear at the end. */
 const FLUSH_WITHIN_MS = 1_000;
@@ -72,10 +44,9 @@ export class Fleet implements Engine {
   readonly #options: FleetOptions;
   readonly #subjects: Subjects;
   readonly #roster: Roster;
-  readonly #streams = new Map<string, EventStream>();
+  readonly #streams: Streams;
   readonly #log: FleetLog;
   readonly #rejections: Rejections;
-  readonly #rate = new TokenRate();
   readonly #listeners = new Set<() => void>();
   #timer: Timer | null = null;
   #scheduler: Scheduler | null = null;
@@ -88,8 +59,6 @@ export class Fleet implements Engine {
   #withoutPipelineSinceMs: number | null = null;
   #lastNotifyMs = -Infinity;
   #lastStepAtMs: number | null = null;
-  #nextId = 1;
-  #sequencesTotal = 0;
   #reissuesBefore = 0;
   #preemptionsBefore = 0;
   #changed = true;
@@ -102,6 +71,7 @@ export class Fleet implements Engine {
     this.#subjects = subjects(options.prefix);
     this.#log = new FleetLog(options.clock, options.log);
     this.#rejections = new Rejections(this.#log);
+    this.#streams = new Streams(options.clock);
     this.#roster = new Roster({
       bus: options.bus,
       clock: options.clock,
@@ -155,17 +125,7 @@ export class Fleet implements Engine {
     if (!scheduler) {
       throw new FleetError("unavailable", `The fleet serves nothing yet: ${this.#note}`);
     }
-    const id = `s${this.#nextId++}`;
-    scheduler.submit({ ...request, id });
-    this.#sequencesTotal++;
-    const stream = new EventStream(() => {
-      this.#streams.delete(id);
-      scheduler.cancel(id);
-      this.#pipeline?.pump();
-    });
-    this.#streams.set(id, stream);
-    if (signal.aborted) stream.close();
-    else signal.addEventListener("abort", () => stream.close(), { once: true });
+    const stream = this.#streams.open(scheduler, request, signal, () => this.#pipeline?.pump());
     this.#pipeline?.pump();
     return stream;
   }
@@ -208,9 +168,9 @@ export class Fleet implements Engine {
         stats: this.#scheduler?.stats ?? null,
         preemptionsBefore: this.#preemptionsBefore,
         reissuesBefore: this.#reissuesBefore,
-        tokensPerSecond: this.#rate.perSecond(nowMs),
-        tokensTotal: this.#rate.total,
-        sequencesTotal: this.#sequencesTotal,
+        tokensPerSecond: this.#streams.rate.perSecond(nowMs),
+        tokensTotal: this.#streams.rate.total,
+        sequencesTotal: this.#streams.admitted,
       },
       dropped: this.#rejections.counts,
       events: this.#log.events,
@@ -481,15 +441,7 @@ export class Fleet implements Engine {
 
   #handle(events: readonly SchedulerEvent[]): void {
     this.#changed ||= events.length > 0;
-    let tokens = 0;
-    for (const { id, ...event } of events) {
-      const stream = this.#streams.get(id);
-      if (event.type === "token") tokens++;
-      else this.#streams.delete(id);
-      if (event.type === "error") stream?.fail(event.error);
-      else stream?.push(event);
-    }
-    if (tokens > 0) this.#rate.add(tokens, this.#options.clock.nowMs());
+    this.#streams.deliver(events);
   }
 
   // ── The clockwork ───────────────────────────────────────────────────────────────────────────

@@ -4,7 +4,7 @@
  * @module
  */
 import type { LoadProgress } from "./assignment.ts";
-import type { FleetModel } from "./fleet.ts";
+import type { FleetModel } from "./fleet_options.ts";
 import type { Member } from "./membership.ts";
 import type { Pipeline } from "./pipeline.ts";
 import type { Plan } from "./planner.ts";

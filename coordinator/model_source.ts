@@ -10,7 +10,7 @@ import { systemClock } from "../shared/clock.ts";
 import { DTYPE_BYTES } from "../shared/model_config.ts";
 import { describeParts } from "../shared/parts.ts";
 import { publishParts } from "../shared/weights.ts";
-import type { FleetModel } from "./fleet.ts";
+import type { FleetModel } from "./fleet_options.ts";
 
 /** Where a model comes from and goes to. */
 export interface PublishOptions {
