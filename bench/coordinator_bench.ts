@@ -20,7 +20,7 @@ const PREFIX = "test";
 const CLIENTS = 8;
 const TOKENS = 200;
 const ROUNDS = 5;
-const DEMO = new URL("../models/story-16m-m2v4g128/", import.meta.url);
+const DEMO = new URL("../models/story-16m-m1v4g128/", import.meta.url);
 
 /** The worker's process. */
 async function serve(url: string): Promise<void> {

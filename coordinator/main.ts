@@ -35,7 +35,7 @@ const COMMAND = {
     model: {
       type: "path",
       env: "CODEGEMM_MODEL",
-      default: "models/story-16m-m2v4g128",
+      default: "models/story-16m-m1v4g128",
       help: "checkpoint directory in Hugging Face's layout",
     },
     name: { type: "string", env: "CODEGEMM_MODEL_NAME", help: "the model's id in the API" },

@@ -49,7 +49,7 @@ const COMMAND = {
     batch: { type: "integer", default: 16, min: 1, help: "sequences on the GPU at a time" },
     "block-sequences": {
       type: "integer",
-      default: 256,
+      default: 64,
       min: 1,
       help: "sequences that blocks are fitted and tuned on",
     },
@@ -61,10 +61,10 @@ const COMMAND = {
       help: "rounds of code search and codebook steps for each matrix",
     },
     "fit-steps": { type: "integer", default: 50, min: 0, help: "codebook steps of each round" },
-    "block-steps": { type: "integer", default: 32, min: 0, help: "tuning steps of each block" },
+    "block-steps": { type: "integer", default: 16, min: 0, help: "tuning steps of each block" },
     "model-steps": {
       type: "integer",
-      default: 512,
+      default: 256,
       min: 0,
       help: "tuning steps of the whole model; 0 for models that do not fit the GPU in float32",
     },

@@ -1,7 +1,7 @@
 /**
  * The embedded demo model: that it is what `models/README.md` says, and that its files fit together.
  */
-import { assert, assertEquals, assertLess } from "@std/assert";
+import { assertEquals, assertLess } from "@std/assert";
 import { reconstruct } from "../quantize/mod.ts";
 import { createChatTemplate } from "../shared/chat_template.ts";
 import { directorySource } from "../shared/checkpoint/directory.ts";
@@ -9,7 +9,7 @@ import { assertFinite, openCheckpoint, toFloat32 } from "../shared/checkpoint/mo
 import { VirtualClock } from "../shared/clock.ts";
 import { createTokenizer } from "../shared/tokenizer.ts";
 
-const DEMO = new URL("../models/story-16m-m2v4g128", import.meta.url).pathname;
+const DEMO = new URL("../models/story-16m-m1v4g128", import.meta.url).pathname;
 const ORIGINAL = new URL("../../shared/models/story-16m", import.meta.url).pathname;
 const GOLDEN = new URL("../../shared/golden/story-16m.json", import.meta.url);
 
@@ -24,7 +24,7 @@ const exists = (path: string | URL) => {
 
 Deno.test("the demo model is a whole CodeGEMM checkpoint of finite numbers", async () => {
   const checkpoint = await open(DEMO);
-  assertEquals(checkpoint.config.codegemm, { m: 2, v: 4, g: 128, b: 8 });
+  assertEquals(checkpoint.config.codegemm, { m: 1, v: 4, g: 128, b: 8 });
   assertEquals(checkpoint.config.eosTokens, [4092, 4095]);
   let total = 0;
   for (const name of checkpoint.names()) {
@@ -32,7 +32,7 @@ Deno.test("the demo model is a whole CodeGEMM checkpoint of finite numbers", asy
     assertFinite(name, dtype, await checkpoint.read(name, 0, bytes));
     total += bytes;
   }
-  assertLess(total, 14e6);
+  assertLess(total, 10e6);
 });
 
 /** Tokenizer and chat template of the demo model. */
@@ -74,35 +74,40 @@ Deno.test({
 });
 
 Deno.test({
-  name: "every matrix is as near to the original as its report says (needs ../shared/models)",
+  name: "every matrix resembles the original, as its report says (needs ../shared/models)",
   ignore: !exists(ORIGINAL),
   async fn() {
     const [demo, original] = [await open(DEMO), await open(ORIGINAL)];
     const report = JSON.parse(await Deno.readTextFile(`${DEMO}/quantization.json`));
-    assertEquals(report.matrices.length, 7 * demo.config.layers);
-    for (const { name, shape, relativeError } of report.matrices) {
-      const tensor = async (kind: string) => {
-        const { name: full, bytes } = demo.info(`${name}.${kind}`);
-        return (await demo.read(full, 0, bytes)).buffer;
-      };
-      const decoded = reconstruct(
-        {
-          codes: new Uint32Array(await tensor("codes")),
-          codebooks: new Uint16Array(await tensor("codebooks")),
-          scales: new Uint16Array(await tensor("scales")),
-        },
-        demo.config.codegemm!,
-        shape,
-      );
-      const { dtype, bytes } = original.info(`${name}.weight`);
-      const weights = toFloat32(name, dtype, await original.read(`${name}.weight`, 0, bytes));
-      let error = 0, norm = 0;
-      for (let i = 0; i < weights.length; i++) {
-        error += (weights[i] - decoded[i]) ** 2;
-        norm += weights[i] ** 2;
+    assertEquals(report.blocks.length, demo.config.layers);
+    for (const [layer, { matrices }] of report.blocks.entries()) {
+      assertEquals(matrices.length, 7);
+      for (const { name: short, errorBefore, errorAfter } of matrices) {
+        assertLess(errorAfter, errorBefore, short);
+        const name = `model.layers.${layer}.${short}`;
+        const tensor = async (kind: string) => {
+          const { name: full, bytes } = demo.info(`${name}.${kind}`);
+          return (await demo.read(full, 0, bytes)).buffer;
+        };
+        const { dtype, bytes, shape: [n, k] } = original.info(`${name}.weight`);
+        const decoded = reconstruct(
+          {
+            codes: new Uint32Array(await tensor("codes")),
+            codebooks: new Uint16Array(await tensor("codebooks")),
+            scales: new Uint16Array(await tensor("scales")),
+          },
+          demo.config.codegemm!,
+          [n, k],
+        );
+        const weights = toFloat32(name, dtype, await original.read(`${name}.weight`, 0, bytes));
+        let error = 0, norm = 0;
+        for (let i = 0; i < weights.length; i++) {
+          error += (weights[i] - decoded[i]) ** 2;
+          norm += weights[i] ** 2;
+        }
+        // What counts is the error of the outputs: that of the weights may grow while it falls.
+        assertLess(Math.sqrt(error / norm), 0.75, name);
       }
-      assert(Math.abs(Math.sqrt(error / norm) - relativeError) < 1e-6, name);
-      assertLess(relativeError, 0.1, name);
     }
   },
 });

@@ -9,7 +9,7 @@ import { startChild, taskArgs } from "../cli/processes.ts";
 import { freePort } from "./nats_server.ts";
 
 const ROOT = new URL("../", import.meta.url).pathname;
-const MODEL = "story-16m-m2v4g128";
+const MODEL = "story-16m-m1v4g128";
 
 const READY_WITHIN_MS = 180_000;
 

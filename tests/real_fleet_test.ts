@@ -12,7 +12,7 @@ import { createTokenizer } from "../shared/tokenizer.ts";
 import { ModelLoader } from "../worker/model_loader.ts";
 import { FleetWorker } from "../worker/worker.ts";
 
-const DEMO = new URL("../models/story-16m-m2v4g128", import.meta.url).pathname;
+const DEMO = new URL("../models/story-16m-m1v4g128", import.meta.url).pathname;
 const PREFIX = "real";
 
 /** A fleet in one process with the demo model on the real kernels. */
@@ -36,7 +36,7 @@ async function realFleet(
     model: {
       id: "demo",
       createdUnix: 0,
-      format: "m2v4g128",
+      format: "m1v4g128",
       config: checkpoint.config,
       configJson: checkpoint.configJson,
       digest: manifest.digest,
