@@ -26,6 +26,8 @@ export interface CodeKernel {
   turnPositions: number;
   /** Every position of a turn as code of its own, or loops. */
   unroll: boolean;
+  /** Code words are loaded a turn ahead: less waiting, more registers (unrolled). */
+  prefetch: boolean;
   /** Rows of the input begin at multiples of 4 elements, so it is bound as vectors of 4 (unrolled). */
   vectorInput: boolean;
   /** Workgroup memory that may be used. */

@@ -294,22 +294,26 @@ function wordsAt({ turnPositions, format: { m }, order }: CodeKernel, turn: stri
   return `${turn} * ${turnPositions / 4 * m * order.rowBlock / 4}u + quad`;
 }
 
-/** The first turn's code words into `next...`: they are under way while the first tables are made. */
+/** With prefetch, the first turn's code words into `next...`, while the first tables are made. */
 function loadFirstWords(kernel: CodeKernel): string {
-  return `  let first_words = ${wordsAt(kernel, "turn_at")};\n` +
+  if (!kernel.prefetch) return "";
+  return `  let first_words = ${wordsAt(kernel, "(block_turns + first_turn)")};\n` +
     eachWord(kernel, (name, at) => `  var next${name} = codes[first_words + ${at}u];`);
 }
 
 /** The turn's code words, `w<word>_<codebook>_<row quad>`. */
 function takeWords(kernel: CodeKernel): string {
-  return eachWord(kernel, (name) => `let w${name} = next${name};`);
+  if (kernel.prefetch) return eachWord(kernel, (name) => `let w${name} = next${name};`);
+  return `let words = ${wordsAt(kernel, "turn_at")};\n` +
+    eachWord(kernel, (name, at) => `let w${name} = codes[words + ${at}u];`);
 }
 
-/** The next turn's code words, under way while this turn's are used. */
+/** With prefetch, the next turn's code words, while this turn's are used. */
 function loadNextWords(kernel: CodeKernel): string {
+  if (!kernel.prefetch) return "";
   return `if (turn + 1u < end) {
-let words = ${wordsAt(kernel, "(turn_at + 1u)")};
-${eachWord(kernel, (name, at) => `next${name} = codes[words + ${at}u];`)}
+let next_words = ${wordsAt(kernel, "(turn_at + 1u)")};
+${eachWord(kernel, (name, at) => `next${name} = codes[next_words + ${at}u];`)}
 }`;
 }
 

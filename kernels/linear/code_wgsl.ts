@@ -78,10 +78,9 @@ ${
   let end = min((split + 1u) * params.split_units, params.units) * ${turns}u;
   let first_turn = split * params.split_units * ${turns}u;
   let block_turns = block * params.units * ${turns}u;
-  var turn_at = block_turns + first_turn;
 ${body.prologue}
   for (var turn = first_turn; turn < end; turn++) {
-    turn_at = block_turns + turn;
+    let turn_at = block_turns + turn;
 ${body.turn}
   }
 ${target === "partial" ? storePartial(kernel, lanes) : storeDirect(kernel, lanes)}

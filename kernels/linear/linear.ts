@@ -283,6 +283,7 @@ function decodeCode(
     turnPositions: turnPositions(order, format.v, variant.turnK),
     unroll: variant.unroll && (profile.decode === "codegemm" || format.v % 4 === 0),
     rowsPerThread: perThread,
+    prefetch: variant.prefetch,
     vectorInput,
     batch,
     workgroupBytes,

@@ -226,7 +226,12 @@ Deno.test("a row's bits do not depend on its company, its place, the batch or th
             }],
           },
         ];
-        if (text !== "dense") variants.push({ batches: [2], unroll: true, turnK: 16 });
+        if (text !== "dense") {
+          variants.push(
+            { batches: [2], unroll: true, turnK: 16 },
+            { batches: [4], unroll: true, turnK: 16, prefetch: true },
+          );
+        }
         for (const variant of variants) {
           const y = await run(4, 5, 20, variant);
           const how = JSON.stringify(variant);
