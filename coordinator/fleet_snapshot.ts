@@ -101,7 +101,8 @@ function workerSnapshot(member: Member, parts: SnapshotParts): WorkerSnapshot {
     state,
     beatAgeMs: Math.max(0, parts.nowMs - member.lastBeatAtMs),
     roundTripMs: parts.roster.roundTripMs(card.worker),
-    note: member.note || excluded || progress?.note || idleNote(state, parts),
+    note: (member.state === "alive" && excluded) || member.note || progress?.note ||
+      idleNote(state, parts),
     progress: state === "loading" && progress
       ? { doneBytes: progress.doneBytes, totalBytes: progress.totalBytes }
       : null,

@@ -50,7 +50,8 @@ const PING_TIMEOUT_MS = 900;
 const ROLL_CALL_EVERY_MS = 1_000;
 /** A tick that comes so much later than the one before: this process was busy, and beats are waiting. */
 const DEAF_AFTER_MS = 200;
-const STILL_THERE_MS = 1_000;
+/** Twice: the first call may come before the server has taken note itself. */
+const STILL_THERE_MS = [100, 900];
 
 /** Who is there, and how far away. */
 export class Roster {
@@ -161,14 +162,17 @@ export class Roster {
   async disconnected(worker: string): Promise<void> {
     const { instance } = this.#membership.get(worker)?.card ?? {};
     if (instance === undefined || !this.isPresent(worker, instance)) return;
-    try {
-      const sentAtMs = this.#options.clock.unixMs();
-      await this.#request(worker, { type: "ping", sentAtMs }, STILL_THERE_MS);
-    } catch (error) {
-      // Somebody listens, though perhaps too busy to answer: beats will tell.
-      if (!(error instanceof FleetError) || error.code !== "nats") return;
-      if (!this.isPresent(worker, instance)) return;
-      this.#tell(this.#membership.disconnected(worker, "its connection to NATS ended"));
+    for (const withinMs of STILL_THERE_MS) {
+      try {
+        const sentAtMs = this.#options.clock.unixMs();
+        await this.#request(worker, { type: "ping", sentAtMs }, withinMs);
+        return;
+      } catch (error) {
+        // Where somebody listens, though perhaps too busy to answer, beats will tell.
+        if (!(error instanceof FleetError) || error.code !== "nats") continue;
+        if (!this.isPresent(worker, instance)) return;
+        return this.#tell(this.#membership.disconnected(worker, "its connection to NATS ended"));
+      }
     }
   }
 

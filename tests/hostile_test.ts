@@ -23,7 +23,7 @@ import { simulatedModel, simulatedWorker } from "./simulated_fleet.ts";
 
 const PREFIX = "test";
 const FLEET = subjects(PREFIX);
-const DEMO = new URL("../models/story-16m-m2v4g128/", import.meta.url);
+const DEMO = new URL("../models/story-16m-m1v4g128/", import.meta.url);
 const STEP_MS = 2;
 
 /** A fleet on a real nats-server behind a real listener, with integers in place of the model. */
