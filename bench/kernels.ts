@@ -4,12 +4,10 @@
  *
  *     deno task bench kernels --shape llama-3-70b --format m1v4g128 --rows 1,2,4,8,16,32
  *
- * A GPU lowers its clocks when it idles for milliseconds, as it does while a benchmark fetches its
- * timestamps: each figure is taken behind work that keeps it busy.
- *
  * @module
  */
 import { Gpu } from "../kernels/gpu.ts";
+import { PassTimer } from "../kernels/pass_timer.ts";
 import { STEP_BYTES, type StepShape, stepWords } from "../kernels/kernel.ts";
 import {
   createLinear,
@@ -53,11 +51,8 @@ const SHAPES: Record<string, BenchMatrix[]> = {
 const FAMILIES = ["codegemm", "dequantize", "prefill"] as const;
 type Family = typeof FAMILIES[number];
 
-/** Passes whose median counts. */
-const PASSES = 7;
-/** GPU work ahead of the measured passes, and the most passes that it may take. */
+/** GPU work ahead of each figure. */
 const BUSY_MS = 60;
-const MOST_BUSY_PASSES = 300;
 
 /** One cell of the table. */
 interface Measurement {
@@ -73,65 +68,6 @@ interface Measurement {
   /** Of the bandwidth that a plain reader reached in the same run. */
   bandwidthShare: number;
   teraflops: number;
-}
-
-/** Times passes by timestamps, on a GPU that is kept busy. */
-class PassTimer {
-  readonly #gpu: Gpu;
-  readonly #queries: GPUQuerySet;
-  readonly #resolved: GPUBuffer;
-
-  constructor(gpu: Gpu) {
-    if (!gpu.timestamps) throw new FleetError("gpu", `${gpu.info.name} has no timestamp queries`);
-    this.#gpu = gpu;
-    this.#queries = gpu.device.createQuerySet({ type: "timestamp", count: 2 * PASSES });
-    this.#resolved = gpu.buffer(
-      "timestamps",
-      16 * PASSES,
-      GPUBufferUsage.QUERY_RESOLVE | GPUBufferUsage.COPY_SRC,
-    );
-  }
-
-  /** The median microseconds of a pass. */
-  async median(encode: (pass: GPUComputePassEncoder) => void): Promise<number> {
-    const [first] = await this.#passes(encode);
-    if (!this.#gpu.info.software) this.#keepBusy(encode, first);
-    const times = await this.#passes(encode);
-    return times.toSorted((a, b) => a - b)[PASSES >> 1];
-  }
-
-  #keepBusy(encode: (pass: GPUComputePassEncoder) => void, microseconds: number): void {
-    const passes = Math.min(MOST_BUSY_PASSES, Math.ceil(BUSY_MS * 1e3 / microseconds));
-    for (let i = 0; i < passes; i++) {
-      const encoder = this.#gpu.device.createCommandEncoder();
-      const pass = encoder.beginComputePass();
-      encode(pass);
-      pass.end();
-      this.#gpu.device.queue.submit([encoder.finish()]);
-    }
-  }
-
-  async #passes(encode: (pass: GPUComputePassEncoder) => void): Promise<number[]> {
-    const encoder = this.#gpu.device.createCommandEncoder();
-    for (let i = 0; i < PASSES; i++) {
-      const pass = encoder.beginComputePass({
-        timestampWrites: {
-          querySet: this.#queries,
-          beginningOfPassWriteIndex: 2 * i,
-          endOfPassWriteIndex: 2 * i + 1,
-        },
-      });
-      encode(pass);
-      pass.end();
-    }
-    encoder.resolveQuerySet(this.#queries, 0, 2 * PASSES, this.#resolved, 0);
-    this.#gpu.device.queue.submit([encoder.finish()]);
-    const stamps = new BigUint64Array(await this.#gpu.read(this.#resolved, 16 * PASSES));
-    return Array.from(
-      { length: PASSES },
-      (_, i) => Number(stamps[2 * i + 1] - stamps[2 * i]) / 1e3,
-    );
-  }
 }
 
 /** GB/s of a kernel that reads a buffer once, 16 bytes a load, and keeps almost nothing. */
@@ -286,7 +222,7 @@ async function main(): Promise<void> {
   const matrices = SHAPES[values.shape];
   if (!matrices) throw new FleetError("bad-usage", `There is no shape ${values.shape}`);
   const gpu = await Gpu.open({ software: values.software });
-  const timer = new PassTimer(gpu);
+  const timer = new PassTimer(gpu, BUSY_MS);
   const readGBps = await readBandwidth(gpu, timer);
   console.log(`${gpu.info.name}: ${values.shape}, reads ${readGBps.toFixed(0)} GB/s`);
   const cacheBytes = values.cache ?? (gpu.info.software ? 0 : 400 * 2 ** 20);
@@ -321,6 +257,7 @@ async function main(): Promise<void> {
     }
     printTable(name, matrices, measurements);
   }
+  timer.destroy();
   if (values.out !== undefined) {
     const report = { adapter: gpu.info, readGBps, shape: values.shape, measurements };
     await Deno.writeTextFile(values.out, JSON.stringify(report, null, 2) + "\n");

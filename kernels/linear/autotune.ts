@@ -1,0 +1,175 @@
+/**
+ * Chooses kernel shapes by trying them on the GPU at hand, with the matrices that it will run: among
+ * candidates whose results equal the default's bit by bit there, the fastest.
+ *
+ * @module
+ */
+import type { NumericsProfile } from "../../shared/protocol.ts";
+import { gaussian, seededRandom } from "../../shared/random.ts";
+import type { Gpu } from "../gpu.ts";
+import { STEP_BYTES, type StepShape, stepWords } from "../kernel.ts";
+import { PassTimer } from "../pass_timer.ts";
+import { createLinear, linearScratchBytes } from "./linear.ts";
+import type { Linear, Matrix } from "./types.ts";
+import { defaultVariant, familyBatches, type Variant } from "./variant.ts";
+
+/** What is tried beside the default. */
+export const CANDIDATES: readonly Partial<Variant>[] = [
+  { prefetch: true },
+  { turnK: 32 },
+  { turnK: 32, prefetch: true },
+  { codeRowsPerThread: 4 },
+  { codeRowsPerThread: 4, prefetch: true },
+  { codeRowsPerThread: 8 },
+];
+
+/** What a choice must gain over the default, so that noise changes nothing. */
+const WORTHWHILE = 0.98;
+/** Copies of a matrix that are timed in turn, so that no cache holds them. */
+const MOST_MATRICES = 16;
+const BUSY_MS = 20;
+
+/** What was tried, and what came of it. */
+export interface Trial {
+  variant: Partial<Variant>;
+  /** Microseconds per batch size of the default, rising; null where it failed or its bits differ. */
+  microseconds: number[] | null;
+}
+
+/** The choice for one shape. */
+export interface Tuned {
+  variant: Partial<Variant>;
+  trials: Trial[];
+}
+
+/**
+ * Tunes the decode kernels of CodeGEMM matrices of one shape and format.
+ *
+ * @param matrices all of one shape; of other layers, so that weights come from memory
+ * @returns the default (an empty variant) without timestamps, or where nothing is clearly faster
+ */
+export async function tuneLinear(
+  gpu: Gpu,
+  matrices: readonly Matrix[],
+  decode: NumericsProfile["decode"],
+  candidates: readonly Partial<Variant>[] = CANDIDATES,
+): Promise<Tuned> {
+  if (!gpu.timestamps || matrices[0].format === null) return { variant: {}, trials: [] };
+  const batches = familyBatches(defaultVariant(gpu.info.software), decode);
+  const some = matrices.slice(0, MOST_MATRICES);
+  const bench = await gpu.allocate(
+    "tuning",
+    () => new TuningBench(gpu, some, decode, batches),
+  );
+  try {
+    const standard = await bench.run({});
+    const trials: Trial[] = [{ variant: {}, microseconds: standard.microseconds }];
+    let best: { variant: Partial<Variant>; cost: number } = { variant: {}, cost: WORTHWHILE };
+    for (const variant of candidates) {
+      const tried = await bench.run(variant).catch(() => null);
+      const same = tried !== null && tried.bits.every((word, i) => word === standard.bits[i]);
+      trials.push({ variant, microseconds: same ? tried.microseconds : null });
+      if (!same) continue;
+      const shares = tried.microseconds.map((us, i) => us / standard.microseconds[i]);
+      const cost = shares.reduce((sum, share) => sum + share, 0) / shares.length;
+      if (cost < best.cost) best = { variant, cost };
+    }
+    gpu.check();
+    return { variant: best.variant, trials };
+  } finally {
+    bench.destroy();
+  }
+}
+
+/** Buffers that all variants of a shape are run with. */
+class TuningBench {
+  readonly #gpu: Gpu;
+  readonly #matrices: readonly Matrix[];
+  readonly #decode: NumericsProfile["decode"];
+  readonly #batches: readonly number[];
+  readonly #timer: PassTimer;
+  readonly #input: GPUBuffer;
+  readonly #output: GPUBuffer;
+  readonly #scratch: GPUBuffer;
+  readonly #step: GPUBuffer;
+
+  constructor(
+    gpu: Gpu,
+    matrices: readonly Matrix[],
+    decode: NumericsProfile["decode"],
+    batches: readonly number[],
+  ) {
+    const [{ n, k, format, order }] = matrices;
+    const rows = Math.max(...batches);
+    const random = seededRandom(n + k);
+    const x = Float16Array.from({ length: rows * k }, () => gaussian(random));
+    this.#gpu = gpu;
+    this.#matrices = matrices;
+    this.#decode = decode;
+    this.#batches = batches;
+    this.#timer = new PassTimer(gpu, BUSY_MS);
+    this.#input = gpu.upload("tuning x", new Uint16Array(x.buffer));
+    this.#output = gpu.storage("tuning y", rows * n * 4);
+    this.#scratch = gpu.storage("tuning sums", linearScratchBytes([n, k], format, rows, order));
+    this.#step = gpu.buffer(
+      "tuning step",
+      STEP_BYTES,
+      GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST,
+    );
+  }
+
+  /** Times of every batch size, and the bits of the first matrix's results at each. */
+  async run(variant: Partial<Variant>): Promise<{ microseconds: number[]; bits: Uint32Array }> {
+    const linears: Linear[] = [];
+    try {
+      for (const matrix of this.#matrices) linears.push(await this.#bind(matrix, variant));
+      const microseconds: number[] = [];
+      const results: Uint32Array[] = [];
+      for (const rows of this.#batches) {
+        const shape: StepShape = { decodeRows: rows, rows, outputs: 0, contextTokens: 1 };
+        this.#gpu.write(this.#step, 0, stepWords(shape));
+        const all = (pass: GPUComputePassEncoder) =>
+          linears.forEach((linear) => linear.encode(pass, shape, "decode"));
+        microseconds.push(await this.#timer.median(all) / linears.length);
+        results.push(await this.#results(linears[0], shape));
+      }
+      const bits = new Uint32Array(results.reduce((sum, { length }) => sum + length, 0));
+      results.reduce((at, words) => (bits.set(words, at), at + words.length), 0);
+      return { microseconds, bits };
+    } finally {
+      linears.forEach((linear) => linear.destroy());
+    }
+  }
+
+  destroy(): void {
+    this.#timer.destroy();
+    for (const buffer of [this.#input, this.#output, this.#scratch, this.#step]) buffer.destroy();
+  }
+
+  #bind(matrix: Matrix, variant: Partial<Variant>): Promise<Linear> {
+    return createLinear({
+      gpu: this.#gpu,
+      label: "tuning",
+      matrix,
+      step: this.#step,
+      input: { buffer: this.#input, stride: matrix.k, offset: 0 },
+      output: { buffer: this.#output, stride: matrix.n, offset: 0 },
+      store: "store",
+      maxRows: Math.max(...this.#batches),
+      scratch: this.#scratch,
+      ranges: ["decode"],
+      profile: { version: 0, decode: this.#decode },
+      variant,
+    });
+  }
+
+  async #results(linear: Linear, shape: StepShape): Promise<Uint32Array> {
+    const encoder = this.#gpu.device.createCommandEncoder();
+    const pass = encoder.beginComputePass();
+    linear.encode(pass, shape, "decode");
+    pass.end();
+    this.#gpu.device.queue.submit([encoder.finish()]);
+    const bytes = shape.rows * this.#matrices[0].n * 4;
+    return new Uint32Array(await this.#gpu.read(this.#output, bytes));
+  }
+}
