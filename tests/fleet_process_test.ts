@@ -15,6 +15,7 @@ const READY_WITHIN_MS = 180_000;
 
 interface UpFleet extends AsyncDisposable {
   url: string;
+  pid: number;
   lines: string[];
   /** Ends it as Ctrl-C does; resolves with its exit code. */
   interrupt(): Promise<number>;
@@ -59,6 +60,7 @@ async function startUp(...flags: string[]): Promise<UpFleet> {
   clearTimeout(timer);
   return {
     url: `http://127.0.0.1:${port}`,
+    pid: up.pid,
     lines,
     interrupt,
     [Symbol.asyncDispose]: async () => void await interrupt(),
@@ -84,19 +86,31 @@ async function stream(url: string, body: object): Promise<{ text: string; end: s
   return { text, end };
 }
 
-/**
- * The command lines that still hold `word` after a while: a process that was forked to look for a
- * tool has its parent's command line until it becomes that tool, and may outlive it for a moment.
- */
-async function processesLeft(word: string): Promise<string[]> {
-  for (const deadline = performance.now() + 5_000;;) {
-    const left = await processesWith(word);
-    if (left.length === 0) return [];
-    if (performance.now() > deadline) {
-      return await Promise.all(
-        left.map((pid) => Deno.readTextFile(`/proc/${pid}/cmdline`).catch(() => pid)),
-      );
+/** A process and all that it started, and they did. */
+async function familyOf(pid: number): Promise<number[]> {
+  const parents = new Map<number, number>();
+  for await (const { name } of Deno.readDir("/proc")) {
+    const stat = await Deno.readTextFile(`/proc/${name}/stat`).catch(() => null);
+    // The name of the program, in parentheses, may hold spaces.
+    if (stat) {
+      parents.set(Number(name), Number(stat.slice(stat.lastIndexOf(")") + 2).split(" ")[1]));
     }
+  }
+  const family = [pid];
+  for (const parent of family) {
+    for (const [child, of] of parents) if (of === parent) family.push(child);
+  }
+  return family;
+}
+
+/** Waits until none of these processes is there; the command lines of those that stay. */
+async function remaining(pids: readonly number[]): Promise<string[]> {
+  for (const deadline = performance.now() + 5_000;;) {
+    const lines = await Promise.all(
+      pids.map((pid) => Deno.readTextFile(`/proc/${pid}/cmdline`).catch(() => "")),
+    );
+    const alive = lines.filter((line) => line !== "");
+    if (alive.length === 0 || performance.now() > deadline) return alive;
     await new Promise((resolve) => setTimeout(resolve, 20));
   }
 }
@@ -149,11 +163,15 @@ Deno.test({
     });
 
     await t.step("Ctrl-C ends it all, and leaves nothing behind", async () => {
-      assert((await processesWith(natsUrl)).length > 0);
+      const family = await familyOf(fleet.pid);
+      assert(family.length >= 5, "up, nats-server, a coordinator and two workers");
+      const commands = await Promise.all(
+        family.map((pid) => Deno.readTextFile(`/proc/${pid}/cmdline`)),
+      );
+      const directory = commands.join("\0").match(/[^\0]*codegemm-fleet-up-[^/\0]*/)![0];
       assertEquals(await fleet.interrupt(), 0);
-      for (const word of [natsUrl, "codegemm-fleet-up-"]) {
-        assertEquals(await processesLeft(word), []);
-      }
+      assertEquals(await remaining(family), []);
+      assertEquals(await Deno.stat(directory).then(() => true, () => false), false);
     });
 
     function longer(client: number) {
