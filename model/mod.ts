@@ -9,5 +9,6 @@ export { type ChainOptions, type ChainRow, type RequestKind } from "./stage_chai
 export { StageChain, stepBatch } from "./stage_chain.ts";
 export { StageModel } from "./stage_model.ts";
 export type { StageOutput, StageProgress, StageSpec, StageSteps, Ticket } from "./stage_spec.ts";
+export { tuneStage, type TuningMemory } from "./tuning.ts";
 export { warmUp } from "./warm_up.ts";
 export { type MatrixSource, WeightStore } from "./weights.ts";

@@ -313,6 +313,7 @@ class LinearBinder {
       finish,
       ranges,
       profile: spec.profile,
+      variant: spec.variants?.(matrix),
     });
     this.#bound.push(linear);
     return linear;

@@ -4,6 +4,7 @@
  *
  * @module
  */
+import type { Matrix, Variant } from "../kernels/linear/mod.ts";
 import type { RowResult, StepBatch } from "../shared/frames.ts";
 import type { ModelConfig, PartName } from "../shared/model_config.ts";
 import type { NumericsProfile, StageLimits } from "../shared/protocol.ts";
@@ -20,6 +21,8 @@ export interface StageSpec {
   last: boolean;
   limits: StageLimits;
   profile: NumericsProfile;
+  /** The kernel variant of each matrix, where autotuning chose one; it changes no bit of a result. */
+  variants?: (matrix: Matrix) => Partial<Variant>;
   /** The key of each part in the {@linkcode WeightStore}, its digest say; by default its name. */
   parts?: ReadonlyMap<PartName, string>;
 }

@@ -19,10 +19,17 @@ export interface OpenedGpu {
   calibration: WorkerCard["calibration"];
 }
 
+/** How to open the GPU. */
+export interface OpenGpu {
+  software: boolean;
+  /** Where the kernel variants that were chosen on this machine are kept. */
+  tuningFile: string;
+}
+
 /** The calls. A stage is named by its epoch. */
 export type GpuCalls = {
   /** Opens the adapter, tests and calibrates it. Notes are lines for the log. */
-  open: { args: { software: boolean }; result: OpenedGpu; note: string };
+  open: { args: OpenGpu; result: OpenedGpu; note: string };
   /** Puts a stage onto the GPU, where no other may be. */
   load: {
     args: { assignment: AssignStage; config: ModelConfig; parts: PartLocation[] };

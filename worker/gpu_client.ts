@@ -9,7 +9,7 @@ import type { FleetError } from "../shared/errors.ts";
 import type { StepBatch, StepFrame } from "../shared/frames.ts";
 import type { ModelConfig } from "../shared/model_config.ts";
 import type { AssignStage } from "../shared/protocol.ts";
-import type { GpuCalls, OpenedGpu } from "./gpu_calls.ts";
+import type { GpuCalls, OpenedGpu, OpenGpu } from "./gpu_calls.ts";
 import type { PartLocation } from "./part_location.ts";
 import type { RunnerOutput } from "./stage.ts";
 import { Thread } from "./thread.ts";
@@ -42,7 +42,7 @@ export class GpuClient implements StageLoader<PartLocation> {
    *
    * @throws FleetError `gpu` when there is none that will do
    */
-  open(options: { software: boolean }, onProgress: (line: string) => void): Promise<OpenedGpu> {
+  open(options: OpenGpu, onProgress: (line: string) => void): Promise<OpenedGpu> {
     return this.#thread.call("open", options, { onNote: onProgress });
   }
 

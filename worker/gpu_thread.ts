@@ -4,12 +4,14 @@
  *
  * @module
  */
+import { dirname } from "node:path";
 import { calibrate } from "../kernels/calibration.ts";
 import { Gpu } from "../kernels/gpu.ts";
 import { selfTest } from "../kernels/self_test.ts";
 import { sleep, systemClock } from "../shared/clock.ts";
 import { decodeFrame } from "../shared/codec.ts";
 import { FleetError, invariant } from "../shared/errors.ts";
+import type { TuningMemory } from "../model/tuning.ts";
 import type { GpuCalls } from "./gpu_calls.ts";
 import { ModelLoader } from "./model_loader.ts";
 import { openParts } from "./part_location.ts";
@@ -23,14 +25,32 @@ let gpu: Gpu | null = null;
 let loader: ModelLoader | null = null;
 let stage: { epoch: number; loaded: LoadedStage } | null = null;
 
+/** Choices that cannot be read or kept are made again: nothing but time is lost. */
+function fileMemory(path: string): TuningMemory {
+  return {
+    read: () => Deno.readTextFile(path).catch(() => null),
+    async write(text) {
+      try {
+        await Deno.mkdir(dirname(path), { recursive: true });
+        await Deno.writeTextFile(`${path}.${Deno.pid}`, text);
+        await Deno.rename(`${path}.${Deno.pid}`, path);
+      } catch (error) {
+        console.error(`Cannot keep the chosen kernels in ${path}: ${error}`);
+      }
+    },
+  };
+}
+
 serveThread<GpuCalls>({
-  async open({ software }, { tell }) {
+  async open({ software, tuningFile }, { tell }) {
     gpu = await Gpu.open({ software });
     tell(`${gpu.info.name}: testing every kernel against its reference`);
     const { digest, ms } = await selfTest(gpu);
     tell(`${gpu.info.name}: measuring`);
     const calibration = await calibrate(gpu);
-    loader = new ModelLoader(gpu, systemClock);
+    // A software adapter runs the defaults: it has little speed to gain.
+    const tuning = gpu.info.software ? null : fileMemory(tuningFile);
+    loader = new ModelLoader(gpu, systemClock, tuning);
     return {
       info: gpu.info,
       maxBindingBytes: gpu.limits.maxStorageBufferBindingSize,

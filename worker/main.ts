@@ -163,12 +163,13 @@ async function join(
   onFailure: (error: FleetError) => void,
 ): Promise<void> {
   const { gpu, transfer, link } = held;
+  const directory = values.cache ?? cacheDirectory();
   const [opened] = await Promise.all([
-    gpu.open({ software: values.software }, log),
+    gpu.open({ software: values.software, tuningFile: `${directory}/kernels.json` }, log),
     transfer.open({
       nats: natsOptions(values, self),
       prefix: values.prefix,
-      cache: { directory: values.cache ?? cacheDirectory(), limitBytes: values["cache-limit"] },
+      cache: { directory, limitBytes: values["cache-limit"] },
       modelDirectory: values.model,
     }, log),
   ]);

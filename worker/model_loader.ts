@@ -5,7 +5,8 @@
  */
 import type { Gpu } from "../kernels/gpu.ts";
 import { StageModel } from "../model/stage_model.ts";
-import type { StageOutput, StageSteps } from "../model/stage_spec.ts";
+import type { StageOutput, StageSpec, StageSteps } from "../model/stage_spec.ts";
+import { tuneStage, type TuningMemory } from "../model/tuning.ts";
 import { warmUp } from "../model/warm_up.ts";
 import { WeightStore } from "../model/weights.ts";
 import type { Clock } from "../shared/clock.ts";
@@ -27,10 +28,13 @@ export class ModelLoader implements StageLoader<ReadablePart> {
   readonly #gpu: Gpu;
   readonly #clock: Clock;
   readonly #weights: WeightStore;
+  readonly #tuning: TuningMemory | null;
 
-  constructor(gpu: Gpu, clock: Clock) {
+  /** @param tuning where kernel variants are remembered; without it the defaults run */
+  constructor(gpu: Gpu, clock: Clock, tuning: TuningMemory | null = null) {
     this.#gpu = gpu;
     this.#clock = clock;
+    this.#tuning = tuning;
     this.#weights = new WeightStore(gpu);
   }
 
@@ -54,11 +58,16 @@ export class ModelLoader implements StageLoader<ReadablePart> {
       }
       tell({ type: "part", progress: { part, doneBytes: bytes, from: held ? "gpu" : from } });
     }
-    const spec = { config, ...stage, limits, profile, parts: digests };
+    const untuned: StageSpec = { config, ...stage, limits, profile, parts: digests };
     let last = "";
-    const model = await StageModel.load(this.#gpu, spec, this.#weights, ({ what }) => {
-      if (what !== last) tell({ type: "line", line: last = what });
-    });
+    const say = (line: string) => {
+      if (line !== last) tell({ type: "line", line: last = line });
+    };
+    const variants = this.#tuning
+      ? await tuneStage(this.#gpu, untuned, this.#weights, this.#tuning, say)
+      : undefined;
+    const spec = { ...untuned, variants };
+    const model = await StageModel.load(this.#gpu, spec, this.#weights, ({ what }) => say(what));
     try {
       await warmUp(model, spec);
     } catch (error) {

@@ -9,7 +9,7 @@ import { gaussian, seededRandom } from "../../shared/random.ts";
 import type { Gpu } from "../gpu.ts";
 import { STEP_BYTES, type StepShape, stepWords } from "../kernel.ts";
 import { PassTimer } from "../pass_timer.ts";
-import { createLinear, linearScratchBytes } from "./linear.ts";
+import { createLinear, decodeCode, linearScratchBytes } from "./linear.ts";
 import type { Linear, Matrix } from "./types.ts";
 import { defaultVariant, familyBatches, type Variant } from "./variant.ts";
 
@@ -79,6 +79,34 @@ export async function tuneLinear(
   } finally {
     bench.destroy();
   }
+}
+
+/**
+ * What a choice holds for: this adapter, the very code of all variants, and matrices of one shape.
+ */
+export async function tuningKey(
+  gpu: Gpu,
+  matrix: Matrix,
+  decode: NumericsProfile["decode"],
+  candidates: readonly Partial<Variant>[] = CANDIDATES,
+): Promise<string> {
+  const standard = defaultVariant(gpu.info.software);
+  const options = {
+    gpu,
+    matrix,
+    profile: { version: 0, decode },
+    input: { stride: matrix.k, offset: 0 },
+  };
+  const code = [{}, ...candidates].flatMap((candidate) => {
+    const variant = { ...standard, ...candidate };
+    return familyBatches(variant, decode).map((batch) =>
+      decodeCode(options, variant, batch, "partial")?.code ?? ""
+    );
+  });
+  const bytes = new TextEncoder().encode(code.join("\n"));
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+  const members = matrix.members.map(({ n }) => n).join("+");
+  return `${gpu.info.name}, ${decode}, ${members} x ${matrix.k}, code ${digest.toHex()}`;
 }
 
 /** Buffers that all variants of a shape are run with. */

@@ -7,7 +7,7 @@
 import { FleetError, invariant } from "../../shared/errors.ts";
 import type { CodeGemmFormat } from "../../shared/model_config.ts";
 import type { BindingKind, Gpu } from "../gpu.ts";
-import type { RowRange } from "../kernel.ts";
+import type { RowRange, RowsView } from "../kernel.ts";
 import { STEP_BYTES } from "../kernel.ts";
 import type { CodeKernel } from "./code_kernel.ts";
 import { codeKernelFits, turnPositions } from "./code_kernel.ts";
@@ -124,7 +124,7 @@ export async function createLinear(options: LinearOptions): Promise<Linear> {
 }
 
 /** Whether the input can be bound as vectors of 4. */
-function isVectorInput({ input, matrix: { k } }: LinearOptions): boolean {
+function isVectorInput({ input, matrix: { k } }: Pick<DecodeOptions, "input" | "matrix">): boolean {
   return [input.stride, input.offset, k].every((elements) => elements % 4 === 0);
 }
 
@@ -252,9 +252,14 @@ async function planDecode(
   return { chunkRows, splits: order.splits, pipelines, reduce, chunks };
 }
 
+/** What decides a decode kernel's code, beside variant, batch and target. */
+type DecodeOptions = Pick<LinearOptions, "gpu" | "matrix" | "profile"> & {
+  input: Pick<RowsView, "stride" | "offset">;
+};
+
 /** A decode kernel, or null when it does not fit into workgroup memory. */
-function decodeCode(
-  options: LinearOptions,
+export function decodeCode(
+  options: DecodeOptions,
   variant: Variant,
   batch: Batch,
   target: Target,

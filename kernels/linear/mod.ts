@@ -3,7 +3,7 @@
  *
  * @module
  */
-export { type Trial, type Tuned, tuneLinear } from "./autotune.ts";
+export { CANDIDATES, type Trial, type Tuned, tuneLinear, tuningKey } from "./autotune.ts";
 export { createLinear, linearScratchBytes } from "./linear.ts";
 export { isStackable, loadMatrix, loadStack, matrixBytes } from "./matrix.ts";
 export type { LoadOptions, StackMember } from "./matrix.ts";
