@@ -7,7 +7,7 @@
  * @module
  */
 import { Gpu } from "../kernels/gpu.ts";
-import { StageModel, type StageSpec, WeightStore } from "../model/mod.ts";
+import { StageModel, type StageSpec, tuneStage, WeightStore } from "../model/mod.ts";
 import { FleetError } from "../shared/errors.ts";
 import { parseFlags, runCommand } from "../shared/flags.ts";
 import type { StepBatch } from "../shared/frames.ts";
@@ -239,6 +239,7 @@ async function main(): Promise<void> {
       context: { type: "integer", default: 1024, min: 1, help: "positions before a decode step" },
       prompt: { type: "integer", default: 512, min: 0, help: "rows of a prefill step; 0 for none" },
       steps: { type: "integer", default: 24, min: 1, help: "measured decode steps" },
+      tune: { type: "boolean", help: "choose kernel variants first, as a worker does" },
       kernels: { type: "boolean", help: "also time each kernel of a decode step by itself" },
       software: { type: "boolean", help: "run on the CPU where there is no GPU" },
       out: { type: "path", help: "a file for the figures as JSON" },
@@ -278,7 +279,15 @@ async function main(): Promise<void> {
   for (const part of stageParts(spec)) {
     await store.load(config, part, syntheticTensors(config), part, syntheticMatrices(gpu));
   }
-  const model = await StageModel.load(gpu, spec, store);
+  const tuning: string[] = [];
+  const variants = values.tune
+    ? await tuneStage(gpu, spec, store, {
+      read: () => Promise.resolve(tuning.at(-1) ?? null),
+      write: (text) => Promise.resolve(void tuning.push(text)),
+    })
+    : undefined;
+  for (const text of tuning) console.log(`tuned: ${text}`);
+  const model = await StageModel.load(gpu, { ...spec, variants }, store);
   const loadSeconds = (performance.now() - loadingMs) / 1000;
   console.log(
     `${gpu.info.name}: ${values.shape}, ${layers} layers${ends ? ", embedding and head" : ""}, ` +

@@ -8,7 +8,7 @@ import type { CodeBody, CodeKernel } from "./code_kernel.ts";
 import { addGroup, psumbooksPerHalf, splat, sumVariables } from "./code_kernel.ts";
 import { gcd, roundUp } from "./order.ts";
 import type { BatchLanes } from "./wgsl.ts";
-import { spread, times } from "./wgsl.ts";
+import { times } from "./wgsl.ts";
 
 /**
  * Psumbooks are made in one half of the workgroup's books while the other half is gathered from, so
