@@ -8,20 +8,21 @@ import { randomInt, seededRandom } from "../shared/random.ts";
 import { type CalibratedRun, type CalibratedSettings, quantizeCalibrated } from "./calibrated.ts";
 import { batches, cutSequences } from "./calibration_text.ts";
 import { parseFormat } from "./format.ts";
+import { hessianParts } from "./quantize_block.ts";
 import { memoryWork } from "./work_files.ts";
 
 const FORMAT = parseFormat("m1v4g16");
 const SETTINGS: CalibratedSettings = {
-  fitRounds: 2,
-  fitSteps: 10,
-  blockSteps: 4,
+  fitRounds: 1,
+  fitSteps: 8,
+  blockSteps: 2,
   sampleGroups: 32,
   modelSteps: 34,
   rates: { codebooks: 0.003, scales: 0.003, norms: 0.001, codes: 0.02 },
   nextTokenShare: 0.1,
   seed: 1,
   batchSequences: 2,
-  blockSequences: 8,
+  blockSequences: 4,
   keep: [],
   maxShardBytes: 2 ** 20,
 };
@@ -61,7 +62,7 @@ Deno.test("calibration lowers every weighted error, and tuning the model its div
     }
     const losses = report.model!.losses;
     assertEquals(losses.map(({ step }) => step), [1, 17, 33, 34]);
-    assertLess(losses.at(-1)!.divergence, 0.8 * losses[0].divergence);
+    assertLess(losses.at(-1)!.divergence, 0.9 * losses[0].divergence);
     const result = await openCheckpoint(memorySource(Object.fromEntries(files)));
     assertEquals(result.config.codegemm, FORMAT);
     assertEquals(await run.work.list(), []);
@@ -71,8 +72,9 @@ Deno.test("calibration lowers every weighted error, and tuning the model its div
 
 Deno.test("a run that was cut short goes on at its block and comes to the same bytes", async () => {
   const whole = new Map<string, Uint8Array>();
+  const settings = { ...SETTINGS, modelSteps: 2 };
   await withRun(async (run, files) => {
-    await quantizeCalibrated(await openTiny(), FORMAT, TEXT, SETTINGS, run);
+    await quantizeCalibrated(await openTiny(), FORMAT, TEXT, settings, run);
     for (const [name, bytes] of files) whole.set(name, bytes);
   });
   await withRun(async (run, files) => {
@@ -81,19 +83,19 @@ Deno.test("a run that was cut short goes on at its block and comes to the same b
     };
     const cut = { ...run, onBlock: stop };
     await assertRejects(
-      async () => await quantizeCalibrated(await openTiny(), FORMAT, TEXT, SETTINGS, cut),
+      async () => await quantizeCalibrated(await openTiny(), FORMAT, TEXT, settings, cut),
       Error,
       "power cut",
     );
     const error = await assertRejects(
       async () =>
-        await quantizeCalibrated(await openTiny(), FORMAT, TEXT, { ...SETTINGS, seed: 2 }, run),
+        await quantizeCalibrated(await openTiny(), FORMAT, TEXT, { ...settings, seed: 2 }, run),
       FleetError,
       "stopped half way",
     );
     assertEquals([error.code, files.size], ["disk", 0]);
     const done: number[] = [];
-    await quantizeCalibrated(await openTiny(), FORMAT, TEXT, SETTINGS, {
+    await quantizeCalibrated(await openTiny(), FORMAT, TEXT, settings, {
       ...run,
       onBlock: (_, number) => done.push(number),
     });
@@ -114,6 +116,12 @@ Deno.test("kept matrices stay as they are, beside tuned ones", () =>
     }
     assert(result.has("model.layers.1.mlp.up_proj.codes"));
   }));
+
+Deno.test("Hessians that no binding holds are cut into runs of whole groups", () => {
+  assertEquals(hessianParts(28672, 128, 2 ** 31), [[0, 14336], [14336, 14336]]);
+  assertEquals(hessianParts(8192, 128, 2 ** 31), [[0, 8192]]);
+  assertEquals(hessianParts(80, 16, 40 * 40 * 4), [[0, 32], [32, 32], [64, 16]]);
+});
 
 Deno.test("too little text, and text for another model, are refused", () => {
   const cut = (count: number, id: number) => () =>

@@ -22,7 +22,7 @@ import {
 import type { FileSink } from "./writer.ts";
 
 /** Files that are taken over as they are. */
-const COPIED = [
+export const COPIED = [
   "tokenizer.json",
   "tokenizer_config.json",
   "special_tokens_map.json",

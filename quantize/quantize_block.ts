@@ -16,6 +16,7 @@ import { type Random, randomInt } from "../shared/random.ts";
 import { trainCodebooks } from "./codebooks.ts";
 import { Adam } from "./gpu/adam.ts";
 import { type Block, BLOCK_INPUTS, type BlockInput, createBlock } from "./gpu/block.ts";
+import type { HessianPart } from "./gpu/coded_matrix.ts";
 import { fitMatrix, type FitSettings } from "./gpu/fit.ts";
 import { half } from "./gpu/half.ts";
 import { matmul } from "./gpu/matmul.ts";
@@ -140,8 +141,8 @@ interface Stage {
  */
 async function runFloat(
   { recorder, block, words, enter, leave, count }: Stage,
-  { config, layer, inputs, outputs, batches }: BlockTask,
-): Promise<Record<BlockInput, GPUBuffer>> {
+  { config, format, layer, inputs, outputs, batches }: BlockTask,
+): Promise<Record<BlockInput, HessianPart[]>> {
   const { gpu } = recorder;
   for (const name of LINEAR_NAMES) {
     const { buffer, row } = block.matrices[name];
@@ -149,27 +150,35 @@ async function runFloat(
   }
   gpu.write(block.norms.input, 0, layer.norms.input);
   gpu.write(block.norms.post, 0, layer.norms.post);
-  const hessians = {} as Record<BlockInput, GPUBuffer>;
+  const hessians = {} as Record<BlockInput, HessianPart[]>;
   const accumulate: Operation[] = [], damp: Operation[] = [];
   for (const input of BLOCK_INPUTS) {
-    const { buffer, columns } = block.inputs[input];
-    const hessian = hessians[input] = recorder.buffer(`hessian of ${input}`, columns * columns);
-    accumulate.push(
-      ...await matmul(recorder, {
-        label: "hessian",
-        a: { buffer, stride: columns },
-        transposeA: true,
-        b: { buffer, stride: columns },
-        c: { buffer: hessian, stride: columns },
-        m: columns,
-        n: columns,
-        k: block.rows,
-        add: "c",
-      }),
-    );
-    damp.push(
-      await rowwise(recorder, "damp", [hessian], { columns, value: DAMPING, workgroups: [1] }),
-    );
+    const { buffer, columns: all } = block.inputs[input];
+    const bound = gpu.limits.maxStorageBufferBindingSize;
+    hessians[input] = hessianParts(all, format.g, bound).map(([first, columns]) => ({
+      buffer: recorder.buffer(`hessian of ${input}`, columns * columns),
+      first,
+      columns,
+    }));
+    for (const { buffer: hessian, first, columns } of hessians[input]) {
+      const part = { buffer, stride: all, offset: first };
+      accumulate.push(
+        ...await matmul(recorder, {
+          label: "hessian",
+          a: part,
+          transposeA: true,
+          b: part,
+          c: { buffer: hessian, stride: columns },
+          m: columns,
+          n: columns,
+          k: block.rows,
+          add: "c",
+        }),
+      );
+      damp.push(
+        await rowwise(recorder, "damp", [hessian], { columns, value: DAMPING, workgroups: [1] }),
+      );
+    }
   }
   for (let batch = 0; batch < batches; batch++) {
     gpu.write(words, 0, await inputs.float.read(batch));
@@ -180,6 +189,27 @@ async function runFloat(
   }
   recorder.run(damp);
   return hessians;
+}
+
+/**
+ * Cuts K columns into runs of whole groups whose Hessians each fit a binding: one run, but for the
+ * widest matrices of the largest models (28672 squared are 3.3 GB).
+ *
+ * @param maxBytes of a binding
+ * @returns first column and number of columns of each run
+ */
+export function hessianParts(
+  k: number,
+  g: number,
+  maxBytes: number,
+): [first: number, columns: number][] {
+  const most = Math.floor(Math.sqrt(maxBytes / 4) / g) * g;
+  const parts = Math.ceil(k / most);
+  const columns = Math.ceil(k / parts / g) * g;
+  return Array.from({ length: Math.ceil(k / columns) }, (_, i) => [
+    i * columns,
+    Math.min(columns, k - i * columns),
+  ]);
 }
 
 /** Codebooks to begin with: those of plain k-means over some groups of every matrix. */

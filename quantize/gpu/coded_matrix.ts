@@ -25,6 +25,14 @@ const CENTROIDS = 256;
 const CHUNK_VECTORS = 1024;
 /** Chunks of a matrix, at most: they bound the memory of partial gradients. */
 const MAX_CHUNKS = 512;
+/** `X'X` of some of a matrix's columns, `(columns, columns)`. */
+export interface HessianPart {
+  buffer: GPUBuffer;
+  /** First column. */
+  first: number;
+  columns: number;
+}
+
 /** Rounds over the codebooks of a vector, each given the others. */
 const PASSES = 2;
 /** Columns that a workgroup of the search holds. */
@@ -119,12 +127,12 @@ export class CodedMatrix {
    * anew.
    *
    * @param slope `(W_q - W) H (N, K)` before; not changed
-   * @param hessian `(K, K)`
+   * @param hessian of a part that holds all of these columns
    * @param change how `W_q` changes in these columns, `(N, columns)`
    */
   search(
     slope: GPUBuffer,
-    hessian: GPUBuffer,
+    hessian: HessianPart,
     change: GPUBuffer,
     first: number,
     columns: number,
@@ -140,9 +148,10 @@ export class CodedMatrix {
         codebooks: true,
         scales: true,
         gradient: slope,
-        hessian,
+        hessian: hessian.buffer,
         result: change,
       },
+      hessian,
       workgroups: [Math.min(n, LINE_WORKGROUPS), Math.ceil(n / LINE_WORKGROUPS)],
     });
   }
@@ -157,6 +166,7 @@ export class CodedMatrix {
       extra?: number;
       columns?: number;
       passes?: number;
+      hessian?: HessianPart;
       buffers: {
         codes: true;
         codebooks?: true;
@@ -188,6 +198,7 @@ export class CodedMatrix {
       constants: [
         ...[n, k, m, v, g],
         ...[request.extra ?? 0, request.columns ?? 0, request.passes ?? 0],
+        ...[request.hessian?.first ?? 0, request.hessian?.columns ?? 0, 0, 0],
       ],
       buffers: bound.map(({ buffer }) => buffer!),
       bindings: bound.map(({ binding }) => binding),

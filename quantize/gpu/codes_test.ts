@@ -119,7 +119,7 @@ Deno.test("the search takes, vector by vector, the code of the smallest weighted
     recorder.run([
       await matrix.search(
         recorder.upload("slope", slope),
-        recorder.upload("hessian", hessian),
+        { buffer: recorder.upload("hessian", hessian), first: 0, columns: K },
         change,
         first,
         columns,

@@ -11,9 +11,9 @@
 import type { Gpu } from "../../kernels/gpu.ts";
 import type { CodeGemmFormat } from "../../shared/model_config.ts";
 import { Adam } from "./adam.ts";
-import { type CodedArrays, CodedMatrix, startArrays } from "./coded_matrix.ts";
+import { type CodedArrays, CodedMatrix, type HessianPart, startArrays } from "./coded_matrix.ts";
 import { matmul } from "./matmul.ts";
-import { Recorder } from "./operation.ts";
+import { type Operation, Recorder } from "./operation.ts";
 import { dotProduct, rowwise } from "./rows.ts";
 
 /** How long a matrix is fitted. */
@@ -41,14 +41,15 @@ const BLOCK_COLUMNS = 128;
  * Fits a matrix.
  *
  * @param weights `(N, K)`
- * @param hessian `(K, K)`, damped
+ * @param hessians damped, of parts that cover K in order: columns of different parts are taken to be
+ *   independent
  * @param codebooks to begin with
  */
 export async function fitMatrix(
   gpu: Gpu,
   weights: Float32Array<ArrayBuffer>,
   [n, k]: readonly [n: number, k: number],
-  hessian: GPUBuffer,
+  hessians: readonly HessianPart[],
   codebooks: Float32Array<ArrayBuffer>,
   format: CodeGemmFormat,
   { fitRounds, fitSteps }: FitSettings,
@@ -61,15 +62,20 @@ export async function fitMatrix(
     const [now, difference, slope] = ["now", "difference", "slope"].map((label) =>
       recorder.buffer(label, n * k)
     );
-    const slopeOf = await matmul(recorder, {
-      label: "slope",
-      a: { buffer: difference, stride: k },
-      b: { buffer: hessian, stride: k },
-      c: { buffer: slope, stride: k },
-      m: n,
-      n: k,
-      k,
-    });
+    const slopeOf: Operation[] = [];
+    for (const { buffer, first, columns } of hessians) {
+      slopeOf.push(
+        ...await matmul(recorder, {
+          label: "slope",
+          a: { buffer: difference, stride: k, offset: first },
+          b: { buffer, stride: columns },
+          c: { buffer: slope, stride: k, offset: first },
+          m: n,
+          n: columns,
+          k: columns,
+        }),
+      );
+    }
     const error = async () => Math.max(0, await dotProduct(recorder, difference, slope, n * k));
     recorder.run([recorder.copy(target, difference, n * k), ...slopeOf]);
     const whole = await error();
@@ -88,21 +94,28 @@ export async function fitMatrix(
     const sweep = [...measure];
     const block = blockColumns(format.v);
     const change = recorder.buffer("change", n * block);
-    for (let first = 0; first < k; first += block) {
-      const columns = Math.min(block, k - first);
-      sweep.push(
-        await matrix.search(slope, hessian, change, first, columns),
-        ...await matmul(recorder, {
-          label: "slope change",
-          a: { buffer: change, stride: columns },
-          b: { buffer: hessian, stride: k, offset: first * k },
-          c: { buffer: slope, stride: k },
-          m: n,
-          n: k,
-          k: columns,
-          add: "c",
-        }),
-      );
+    for (const hessian of hessians) {
+      const end = hessian.first + hessian.columns;
+      for (let first = hessian.first; first < end; first += block) {
+        const columns = Math.min(block, end - first);
+        sweep.push(
+          await matrix.search(slope, hessian, change, first, columns),
+          ...await matmul(recorder, {
+            label: "slope change",
+            a: { buffer: change, stride: columns },
+            b: {
+              buffer: hessian.buffer,
+              stride: hessian.columns,
+              offset: (first - hessian.first) * hessian.columns,
+            },
+            c: { buffer: slope, stride: k, offset: hessian.first },
+            m: n,
+            n: hessian.columns,
+            k: columns,
+            add: "c",
+          }),
+        );
+      }
     }
     const adam = new Adam(recorder);
     const back = await matrix.backward(slope, 0);

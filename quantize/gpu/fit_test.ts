@@ -1,0 +1,54 @@
+import { assert, assertLess } from "@std/assert";
+import { Gpu } from "../../kernels/gpu.ts";
+import { gaussian, seededRandom } from "../../shared/random.ts";
+import { trainCodebooks } from "../codebooks.ts";
+import { fitMatrix } from "./fit.ts";
+import { Recorder } from "./operation.ts";
+
+const N = 24, K = 64, FORMAT = { m: 1, v: 4, g: 16, b: 8 };
+
+Deno.test("fitting lowers the weighted error; so do parts of a Hessian, less well", async () => {
+  const random = seededRandom(4);
+  const weights = Float32Array.from({ length: N * K }, () => gaussian(random));
+  // Inputs of few directions: neighbours move together.
+  const hessian = new Float32Array(K * K);
+  for (let sample = 0; sample < 40; sample++) {
+    let last = 0;
+    const x = Array.from({ length: K }, () => last = 0.9 * last + 0.4 * gaussian(random));
+    for (let i = 0; i < K; i++) for (let j = 0; j < K; j++) hessian[i * K + j] += x[i] * x[j];
+  }
+  for (let i = 0; i < K; i++) hessian[i * K + i] += 0.4;
+  const part = (first: number, columns: number) =>
+    Float32Array.from(
+      { length: columns * columns },
+      (_, at) => hessian[(first + Math.floor(at / columns)) * K + first + at % columns],
+    );
+  const gpu = await Gpu.open({ software: true, limits: "default" });
+  const recorder = new Recorder(gpu);
+  try {
+    const books = trainCodebooks(weights, FORMAT, { rounds: 1 }, random);
+    const fit = (cuts: [number, number][], fitRounds: number) =>
+      fitMatrix(
+        gpu,
+        weights,
+        [N, K],
+        cuts.map(([first, columns]) => ({
+          buffer: recorder.upload("hessian", part(first, columns)),
+          first,
+          columns,
+        })),
+        books,
+        FORMAT,
+        { fitRounds, fitSteps: 10 },
+      );
+    const whole = await fit([[0, K]], 2);
+    const none = await fit([[0, K]], 0);
+    assert(none.errorAfter === none.errorBefore && none.errorBefore === whole.errorBefore);
+    assertLess(whole.errorAfter, 0.6 * whole.errorBefore);
+    const cut = await fit([[0, 48], [48, 16]], 2);
+    assertLess(cut.errorAfter, 0.8 * cut.errorBefore);
+  } finally {
+    recorder.destroy();
+    gpu.close();
+  }
+});
