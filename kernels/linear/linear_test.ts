@@ -243,6 +243,34 @@ Deno.test("a row's bits do not depend on its company, its place, the batch or th
     }
   }));
 
+Deno.test("straight kernels, as GPUs run them, give a row the same bits in every batch", () =>
+  withGpu(async (gpu) => {
+    for (const text of ["m1v4g128", "m2v8g128"]) {
+      const of = await makeCase(gpu, [260, 256], text);
+      const [n, k] = of.shape;
+      const rows = 5;
+      const x = bitsOf(randomActivations(rows * k, 6));
+      for (const profile of ["codegemm", "dequantize"] as const) {
+        const run = (batches: Variant["batches"]) =>
+          runLinear(gpu, {
+            matrix: of.matrix,
+            x,
+            shape: stepShape(rows),
+            ranges: ["decode"],
+            profile,
+            variant: { ...defaultVariant(false), turnK: 32, batches },
+          });
+        const alone = new Uint32Array((await run([1])).buffer);
+        assertEquals(alone.length, rows * n);
+        for (const batch of [2, 4, ...profile === "dequantize" ? [8] : []] as const) {
+          const bits = new Uint32Array((await run([batch as 2 | 4 | 8])).buffer);
+          assertEquals(bits, alone, `${text} ${profile} x${batch}`);
+        }
+      }
+      of.matrix.destroy();
+    }
+  }));
+
 Deno.test("every store mode works through views with offsets and strides, and touches nothing else", () =>
   withGpu(async (gpu) => {
     for (const [text, shape] of [["dense", [50, 100]], ["m1v4g32", [50, 128]]] as const) {
