@@ -28,22 +28,32 @@ export interface Judgement {
   divergence: number;
 }
 
-/** Log-probabilities, and the likeliest token, the lowest id of equals. */
-export function logProbabilities(logits: Float32Array): { logs: Float64Array; top: number } {
+/** A row of logits with what its log-probabilities need: `log p = logit - shift`. */
+interface Prediction {
+  logits: Float32Array;
+  /** `log(sum(exp(logits)))` */
+  shift: number;
+  /** The likeliest token, the lowest id of equals. */
+  top: number;
+}
+
+/** Looks at a row of logits. */
+export function predictionOf(logits: Float32Array): Prediction {
   let top = 0;
   for (let i = 1; i < logits.length; i++) if (logits[i] > logits[top]) top = i;
   let sum = 0;
   for (let i = 0; i < logits.length; i++) sum += Math.exp(logits[i] - logits[top]);
-  const shift = logits[top] + Math.log(sum);
-  const logs = new Float64Array(logits.length);
-  for (let i = 0; i < logits.length; i++) logs[i] = logits[i] - shift;
-  return { logs, top };
+  return { logits, shift: logits[top] + Math.log(sum), top };
 }
 
-/** `KL(p || q)` in nats, of log-probabilities. */
-export function divergenceOf(p: Float64Array, q: Float64Array): number {
+/** `KL(p || q)` in nats. */
+export function divergenceOf(p: Prediction, q: Prediction): number {
+  const shift = q.shift - p.shift;
   let sum = 0;
-  for (let i = 0; i < p.length; i++) sum += Math.exp(p[i]) * (p[i] - q[i]);
+  for (let i = 0; i < p.logits.length; i++) {
+    const logit = p.logits[i];
+    sum += Math.exp(logit - p.shift) * (logit - q.logits[i] + shift);
+  }
   return sum;
 }
 
@@ -83,13 +93,13 @@ export async function judge(
       const step = async (chain: StageChain) =>
         (await chain.step(stepBatch(pages, rows, 0))).results.map((result) => {
           invariant(result.type === "logits", "logits are answered with logits");
-          return logProbabilities(result.logits);
+          return predictionOf(result.logits);
         });
       const [ours, theirs] = [await step(model), await step(reference)];
       for (let i = 0; i < rows.length; i++) {
-        loss -= ours[i].logs[tokens[at + i + 1]];
+        loss -= ours[i].logits[tokens[at + i + 1]] - ours[i].shift;
         agreed += ours[i].top === theirs[i].top ? 1 : 0;
-        divergence += divergenceOf(theirs[i].logs, ours[i].logs);
+        divergence += divergenceOf(theirs[i], ours[i]);
       }
       onProgress?.(at + rows.length, total);
     }

@@ -15,6 +15,7 @@ import { cutSequences } from "./calibration_text.ts";
 import { quantizeCheckpoint } from "./checkpoint.ts";
 import { parseFormat } from "./format.ts";
 import { directorySink, workDirectory } from "./directory.ts";
+import { describePlan, planQuantization } from "./plan.ts";
 import { readTokenFile } from "./token_file.ts";
 
 const COMMAND = {
@@ -102,6 +103,13 @@ const COMMAND = {
       min: 2 ** 20,
       help: "tensor bytes per file",
     },
+    memory: {
+      type: "bytes",
+      default: 16 * 2 ** 30,
+      min: 2 ** 20,
+      help: "GPU memory to use; model tuning is left out where it takes more",
+    },
+    "dry-run": { type: "boolean", help: "only say what it would take: sizes, memory, time" },
     software: { type: "boolean", help: "calibrate on the CPU where there is no GPU" },
   },
 } as const;
@@ -110,6 +118,8 @@ type Flags = ReturnType<typeof parseFlags<typeof COMMAND.flags>>["values"];
 
 /** Rates of model tuning, relative to the size of what is tuned; they measured best on story-16m. */
 const RATES = { codebooks: 0.003, scales: 0.003, norms: 0.001 };
+/** The largest binding to expect of a GPU, before one is opened. */
+const ASSUMED_BINDING = 2 ** 31;
 /** Groups of each matrix that a block's first codebooks are trained on: enough for 256 centroids. */
 const SAMPLE_WEIGHTS = 2 ** 13;
 
@@ -119,6 +129,7 @@ async function main(): Promise<void> {
   if (values.fallback !== undefined && values.fallback !== "float16") {
     throw new FleetError("bad-usage", `--fallback takes float16, not ${values.fallback}`);
   }
+  if (values["dry-run"]) return await dryRun(values);
   console.error(
     `Quantizing ${values.in} to ${values.format}: ${bitsPerWeight(format)} bits per weight`,
   );
@@ -157,7 +168,8 @@ async function plain(values: Flags): Promise<number> {
   return report.seconds;
 }
 
-async function calibrated(values: Flags, path: string): Promise<number> {
+/** What a calibrated run is made from. */
+async function prepare(values: Flags, path: string) {
   const checkpoint = await openCheckpoint(directorySource(values.in));
   const format = parseFormat(values.format);
   const text = cutSequences(
@@ -178,8 +190,40 @@ async function calibrated(values: Flags, path: string): Promise<number> {
     blockSequences: values["block-sequences"],
     ...common(values),
   };
+  const plan = (maxBindingBytes: number) =>
+    planQuantization(checkpoint, format, settings, text, maxBindingBytes);
+  if (plan(ASSUMED_BINDING).modelGpuBytes > values.memory) {
+    console.error(
+      `Tuning the whole model would take more than --memory ${values.memory} bytes of the GPU; ` +
+        "its blocks are tuned only",
+    );
+    settings.modelSteps = 0;
+  }
+  return { checkpoint, format, text, settings, plan };
+}
+
+async function dryRun(values: Flags): Promise<void> {
+  if (!values.calibration) {
+    throw new FleetError("bad-usage", "--dry-run plans calibrated runs; name --calibration");
+  }
+  const { plan } = await prepare(values, values.calibration);
+  console.log(describePlan(plan(ASSUMED_BINDING)));
+}
+
+async function calibrated(values: Flags, path: string): Promise<number> {
+  const { checkpoint, format, text, settings, plan } = await prepare(values, path);
   const gpu = await Gpu.open({ software: values.software });
   try {
+    const { blockGpuBytes } = plan(gpu.limits.maxStorageBufferBindingSize);
+    if (blockGpuBytes > values.memory) {
+      throw new FleetError(
+        "out-of-memory",
+        `A block takes ${
+          (blockGpuBytes / 2 ** 30).toFixed(1)
+        } GiB of GPU memory, --memory allows ` +
+          `${(values.memory / 2 ** 30).toFixed(1)} GiB; lower --batch, or raise --memory`,
+      );
+    }
     const startMs = performance.now();
     const left = (done: number, total: number) => {
       const seconds = (performance.now() - startMs) / 1000;

@@ -138,7 +138,7 @@ Deno.test({
     }),
 });
 
-// All 16,384 tokens take minutes on a software adapter: `bench/evaluate.ts` measures them. Here the
+// All 16,384 tokens take minutes on a software adapter: `deno task evaluate` measures them. Here the
 // start of the text is compared with plain loops, which are compared with the goldens themselves.
 Deno.test({
   name: "plain loops agree with the goldens, and perplexity with the plain loops within 0.2 %",

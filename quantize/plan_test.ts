@@ -1,0 +1,112 @@
+import {
+  assert,
+  assertAlmostEquals,
+  assertEquals,
+  assertLess,
+  assertStringIncludes,
+} from "@std/assert";
+import { Gpu } from "../kernels/gpu.ts";
+import { checkpointFiles, TINY_CONFIG } from "../shared/checkpoint/fixture.ts";
+import {
+  type Checkpoint,
+  memorySource,
+  openCheckpoint,
+  parseModelConfig,
+  wantedTensors,
+} from "../shared/checkpoint/mod.ts";
+import { allParts } from "../shared/checkpoint/layout.ts";
+import type { CalibratedSettings } from "./calibrated.ts";
+import { parseFormat } from "./format.ts";
+import { createBlock } from "./gpu/block.ts";
+import { Recorder } from "./gpu/operation.ts";
+import { describePlan, MEASURED_FLOPS, planQuantization } from "./plan.ts";
+
+const SETTINGS: CalibratedSettings = {
+  fitRounds: 3,
+  fitSteps: 50,
+  blockSteps: 16,
+  sampleGroups: 64,
+  modelSteps: 0,
+  rates: { codebooks: 0.003, scales: 0.003, norms: 0.001, codes: 0.02 },
+  nextTokenShare: 0.3,
+  seed: 1,
+  batchSequences: 4,
+  blockSequences: 64,
+  keep: [],
+  maxShardBytes: 2 ** 32,
+};
+const TEXT = { tokens: 512, sequences: 2048 };
+
+/** Llama-3 70B without its weights: names and shapes only. */
+function largeCheckpoint(): Checkpoint {
+  const config = parseModelConfig(JSON.stringify({
+    model_type: "llama",
+    hidden_size: 8192,
+    num_hidden_layers: 80,
+    num_attention_heads: 64,
+    num_key_value_heads: 8,
+    intermediate_size: 28672,
+    vocab_size: 128256,
+  }));
+  const shapes = new Map(
+    allParts(config).flatMap((part) => wantedTensors(config, part)).map((t) => [t.name, t.shape]),
+  );
+  return {
+    config,
+    names: () => [...shapes.keys()],
+    info: (name: string) => {
+      const shape = shapes.get(name)!;
+      return { name, dtype: "F16", shape, bytes: 2 * shape.reduce((a, b) => a * b) };
+    },
+  } as Partial<Checkpoint> as Checkpoint;
+}
+
+Deno.test("70B fits 32 GiB of memory and a 24 GiB GPU, and is done within a day on an H200", () => {
+  const plan = planQuantization(
+    largeCheckpoint(),
+    parseFormat("m1v4g128"),
+    SETTINGS,
+    TEXT,
+    2 ** 31,
+  );
+  assertAlmostEquals(plan.bitsPerWeight, 2.125, 1e-3);
+  // 68.5 billion weights at 2.125 bits, two float16 ends of 2.1 GB.
+  assertAlmostEquals(plan.outputBytes / 1e9, 22.4, 0.1);
+  assertLess(plan.ramBytes, 32 * 2 ** 30);
+  assertLess(plan.blockGpuBytes, 24 * 2 ** 30);
+  assertEquals(plan.modelGpuBytes, 0);
+  assertLess(plan.operations / MEASURED_FLOPS, 24 * 3600);
+  assertStringIncludes(describePlan(plan), "not tuned whole");
+});
+
+Deno.test("model tuning takes more of everything", () => {
+  const plan = (modelSteps: number) =>
+    planQuantization(
+      largeCheckpoint(),
+      parseFormat("m1v4g128"),
+      { ...SETTINGS, modelSteps },
+      TEXT,
+      2 ** 31,
+    );
+  const [none, some] = [plan(0), plan(256)];
+  assert(some.ramBytes > none.ramBytes && some.operations > none.operations);
+  assert(some.modelGpuBytes > 4 * 68e9 && some.workBytes > 0);
+});
+
+Deno.test("a block's buffers stay within the planned GPU memory", async () => {
+  const gpu = await Gpu.open({ software: true, limits: "default" });
+  const recorder = new Recorder(gpu);
+  try {
+    const checkpoint = await openCheckpoint(memorySource(checkpointFiles(TINY_CONFIG)));
+    const shape = { sequences: 4, tokens: 64 };
+    await createBlock(recorder, checkpoint.config, shape);
+    const text = { tokens: 64, sequences: 4 };
+    const format = parseFormat("m1v4g16");
+    const { blockGpuBytes } = planQuantization(checkpoint, format, SETTINGS, text, 2 ** 27);
+    assertLess(recorder.bytes, blockGpuBytes);
+    assertLess(blockGpuBytes, 2 * recorder.bytes);
+  } finally {
+    recorder.destroy();
+    gpu.close();
+  }
+});
