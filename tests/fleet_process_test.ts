@@ -4,6 +4,7 @@
  * @module
  */
 import { assert, assertEquals, assertMatch } from "@std/assert";
+import OpenAI from "openai";
 import denoJson from "../deno.json" with { type: "json" };
 import { startChild, taskArgs } from "../cli/processes.ts";
 import { freePort } from "./nats_server.ts";
@@ -148,6 +149,34 @@ Deno.test({
       for (const client of [0, 1, 22, 63]) {
         assertEquals(together[client], await stream(fleet.url, request(client)), `${client}`);
       }
+    });
+
+    await t.step("OpenAI's own client chats with it", async () => {
+      const client = new OpenAI({ baseURL: `${fleet.url}/v1`, apiKey: "none" });
+      const [model] = (await client.models.list()).data;
+      assertEquals(model.id, MODEL);
+      const request = {
+        model: model.id,
+        messages: [{ role: "user" as const, content: "Tell me about a fox." }],
+        max_tokens: 8,
+        seed: 5,
+      };
+      const two = await client.chat.completions.create({ ...request, n: 2, logprobs: true });
+      const texts = two.choices.map(({ message }) => message.content);
+      assert(texts[0] !== texts[1], "the choices of a request differ");
+      assertEquals(two.choices[0].logprobs?.content?.length, 8);
+      let text = "";
+      let usage: number | undefined;
+      const options = {
+        ...request,
+        stream: true as const,
+        stream_options: { include_usage: true },
+      };
+      for await (const chunk of await client.chat.completions.create(options)) {
+        text += chunk.choices[0]?.delta.content ?? "";
+        usage = chunk.usage?.completion_tokens ?? usage;
+      }
+      assertEquals([text, usage], [texts[0], 8]);
     });
 
     await t.step("a killed worker costs no stream a token", async () => {
