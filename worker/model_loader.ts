@@ -10,7 +10,7 @@ import { tuneStage, type TuningMemory } from "../model/tuning.ts";
 import { warmUp } from "../model/warm_up.ts";
 import { WeightStore } from "../model/weights.ts";
 import type { Clock } from "../shared/clock.ts";
-import { FleetError } from "../shared/errors.ts";
+import { FleetError, toFleetError } from "../shared/errors.ts";
 import type { StepBatch } from "../shared/frames.ts";
 import type { ModelConfig, PartName, TensorSource } from "../shared/model_config.ts";
 import type { AssignStage } from "../shared/protocol.ts";
@@ -63,10 +63,7 @@ export class ModelLoader implements StageLoader<ReadablePart> {
     const say = (line: string) => {
       if (line !== last) tell({ type: "line", line: last = line });
     };
-    const variants = this.#tuning
-      ? await tuneStage(this.#gpu, untuned, this.#weights, this.#tuning, say)
-      : undefined;
-    const spec = { ...untuned, variants };
+    const spec = { ...untuned, variants: await this.#tuned(untuned, say) };
     const model = await StageModel.load(this.#gpu, spec, this.#weights, ({ what }) => say(what));
     try {
       await warmUp(model, spec);
@@ -84,6 +81,18 @@ export class ModelLoader implements StageLoader<ReadablePart> {
         model.destroy();
       },
     };
+  }
+
+  /** What cannot be tried (memory is short, the disk is full) runs by default: tuning is a bonus. */
+  async #tuned(spec: StageSpec, say: (line: string) => void): Promise<StageSpec["variants"]> {
+    if (!this.#tuning) return undefined;
+    try {
+      return await tuneStage(this.#gpu, spec, this.#weights, this.#tuning, say);
+    } catch (error) {
+      this.#gpu.check();
+      say(`kernels run untuned: ${toFleetError(error).message}`);
+      return undefined;
+    }
   }
 }
 

@@ -151,6 +151,24 @@ Deno.test("a stage that is taken down with steps on the GPU leaves the device as
   gpu.close();
 });
 
+Deno.test("a stage whose kernels cannot be tuned is loaded with the default ones", async () => {
+  const gpu = await Gpu.open({ software: true });
+  const model = randomModel(tinyConfig({ codegemm: { m: 1, v: 4, g: 32, b: 8 } }), 6);
+  const loader = new ModelLoader(gpu, systemClock, {
+    read: () => Promise.reject(new FleetError("disk", "the disk is gone")),
+    write: () => Promise.resolve(),
+  });
+  const assignment = half(model, 1, 0);
+  const parts = assignment.parts.map(() => ({ from: "cache" as const, tensors: model }));
+  const lines: string[] = [];
+  const stage = await loader.load(assignment, model.config, parts, (note) => {
+    if (note.type === "line") lines.push(note.line);
+  });
+  assert(lines.some((line) => /untuned: the disk is gone/.test(line)), lines.join("\n"));
+  await stage.destroy();
+  gpu.close();
+});
+
 /** A model that takes note of what is asked of it. */
 class LoggedModel implements StageSteps {
   readonly memoryBytes = 0;
