@@ -126,6 +126,8 @@ export async function quantizeCalibrated(
   );
   invariant(blockBatches > 0, "the text was cut for at least one batch");
   if (state.blocks.length === 0) {
+    // All of it now, not after hours of work.
+    for (const { source } of plan) await storedFloat16(checkpoint, source);
     const chosen = shuffled(text.sequences, settings.seed).subarray(
       0,
       blockBatches * shape.sequences,
@@ -158,6 +160,9 @@ export async function quantizeCalibrated(
       settings,
       seededRandom(settings.seed * 2 ** 20 + layer),
     );
+    if (!Number.isFinite(made.report.outputError)) {
+      throw new FleetError("gpu", `Layer ${layer} came out with numbers that are not finite`);
+    }
     await writeBlock(work, layer, made.layer, config, format);
     state.blocks.push({ ...made.report, seconds: (clock.nowMs() - blockMs) / 1000 });
     await writeState(work, state);

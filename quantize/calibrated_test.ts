@@ -1,6 +1,11 @@
 import { assert, assertEquals, assertLess, assertRejects, assertThrows } from "@std/assert";
 import { Gpu } from "../kernels/gpu.ts";
-import { checkpointFiles, randomTensors, TINY_CONFIG } from "../shared/checkpoint/fixture.ts";
+import {
+  checkpointFiles,
+  floatBytes,
+  randomTensors,
+  TINY_CONFIG,
+} from "../shared/checkpoint/fixture.ts";
 import { memorySource, openCheckpoint } from "../shared/checkpoint/mod.ts";
 import { VirtualClock } from "../shared/clock.ts";
 import { FleetError } from "../shared/errors.ts";
@@ -115,6 +120,24 @@ Deno.test("kept matrices stay as they are, beside tuned ones", () =>
       assertEquals(await result.read(full, 0, bytes), await checkpoint.read(full, 0, bytes));
     }
     assert(result.has("model.layers.1.mlp.up_proj.codes"));
+  }));
+
+Deno.test("a weight that is not finite is named before any block is begun", () =>
+  withRun(async (run, files) => {
+    const name = "model.layers.1.mlp.down_proj.weight";
+    const tensors = randomTensors(TINY_CONFIG).map((tensor) =>
+      tensor.name === name
+        ? { ...tensor, data: floatBytes(new Float32Array(32 * 48).fill(Infinity, 7, 8), "F16") }
+        : tensor
+    );
+    const damaged = await openCheckpoint(memorySource(checkpointFiles(TINY_CONFIG, tensors)));
+    const error = await assertRejects(
+      async () => await quantizeCalibrated(damaged, FORMAT, TEXT, SETTINGS, run),
+      FleetError,
+      `${name}: element 7`,
+    );
+    assertEquals([error.code, files.size], ["bad-checkpoint", 0]);
+    assertEquals(await run.work.list(), []);
   }));
 
 Deno.test("Hessians that no binding holds are cut into runs of whole groups", () => {

@@ -5,6 +5,7 @@
  * @module
  */
 import type { Gpu } from "../kernels/gpu.ts";
+import { FleetError } from "../shared/errors.ts";
 import type { CodeGemmFormat, ModelConfig } from "../shared/model_config.ts";
 import { batches, type CalibrationText, gather } from "./calibration_text.ts";
 import { type ModelEnds, ModelRunner, ModelTuner, type TuneLoss } from "./gpu/model_tuner.ts";
@@ -86,6 +87,15 @@ export async function tuneModel(
       tuner.step(t, settings.modelSteps, gather(text, chosen), teacher);
       if (t % LOOK_EVERY === 0 || t === settings.modelSteps - 1) {
         const loss = await tuner.loss();
+        if (!Number.isFinite(loss.divergence)) {
+          throw new FleetError(
+            "gpu",
+            `Model tuning lost its way at step ${
+              t + 1
+            }: the divergence is no finite number; lower ` +
+              "--code-rate, or pass --model-steps 0 (finished blocks are kept)",
+          );
+        }
         losses.push({ step: t + 1, ...loss });
         task.onStep?.(t + 1, settings.modelSteps, loss);
       }
