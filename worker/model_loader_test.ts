@@ -153,7 +153,7 @@ Deno.test("a stage that is taken down with steps on the GPU leaves the device as
 
 Deno.test("a stage whose kernels cannot be tuned is loaded with the default ones", async () => {
   const gpu = await Gpu.open({ software: true });
-  const model = randomModel(tinyConfig({ codegemm: { m: 1, v: 4, g: 32, b: 8 } }), 6);
+  const model = randomModel(tinyConfig(), 6);
   const loader = new ModelLoader(gpu, systemClock, {
     read: () => Promise.reject(new FleetError("disk", "the disk is gone")),
     write: () => Promise.resolve(),
