@@ -112,16 +112,35 @@ fn codebooks_back(
   }
 }
 
-// Codes of the smallest Hessian-weighted error in columns [extra, extra + columns) of a row, by
-// coordinate descent: vector by vector, codebook by codebook, the others held. `gradient` is
-// (W_q - W) H (N, K) before; result (N, columns) is how W_q changes. A workgroup per row, a thread
-// per centroid; the row's gradient is kept up to date within the block.
 const MAX_BLOCK = 256u;
 var<workgroup> slope: array<f32, MAX_BLOCK>;
 var<workgroup> change: array<f32, MAX_BLOCK>;
 var<workgroup> errors: array<f32, SIZE>;
 var<workgroup> choices: array<u32, SIZE>;
 
+// The lane of the smallest error, the lowest of equals; errors[0] is that error.
+fn choose(lane: u32, error: f32) -> u32 {
+  errors[lane] = error;
+  choices[lane] = lane;
+  for (var width = SIZE / 2u; width > 0u; width /= 2u) {
+    workgroupBarrier();
+    if (lane < width) {
+      let other = errors[lane + width];
+      if (other < errors[lane] ||
+        (other == errors[lane] && choices[lane + width] < choices[lane])) {
+        errors[lane] = other;
+        choices[lane] = choices[lane + width];
+      }
+    }
+  }
+  workgroupBarrier();
+  return choices[0];
+}
+
+// Codes of the smallest Hessian-weighted error in columns [extra, extra + columns) of a row, by
+// coordinate descent: vector by vector, codebook by codebook, the others held. `gradient` is
+// (W_q - W) H (N, K) before; result (N, columns) is how W_q changes. A workgroup per row, a thread
+// per centroid; the row's gradient is kept up to date within the block.
 @compute @workgroup_size(256)
 fn search(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
   let row = group.x + group.y * LINE;
@@ -152,22 +171,7 @@ fn search(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_ind
         square += x * along;
         linear += x * slope[i + d];
       }
-      errors[lane] = scale * (scale * square + 2.0 * linear);
-      choices[lane] = lane;
-      for (var width = SIZE / 2u; width > 0u; width /= 2u) {
-        workgroupBarrier();
-        if (lane < width) {
-          let other = errors[lane + width];
-          // The lowest of equals.
-          if (other < errors[lane] ||
-            (other == errors[lane] && choices[lane + width] < choices[lane])) {
-            errors[lane] = other;
-            choices[lane] = choices[lane + width];
-          }
-        }
-      }
-      workgroupBarrier();
-      let best = choices[0];
+      let best = choose(lane, scale * (scale * square + 2.0 * linear));
       // No better one: rounding must not turn codes around.
       if (errors[0] < 0.0 && best != old) {
         if (lane < p.columns) {
@@ -218,22 +222,9 @@ fn nearest(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
       let by = scale * sum - gradient[vector * p.v + d];
       error += by * by;
     }
-    errors[lane] = error;
-    choices[lane] = lane;
-    for (var width = SIZE / 2u; width > 0u; width /= 2u) {
-      workgroupBarrier();
-      if (lane < width) {
-        let other = errors[lane + width];
-        if (other < errors[lane] ||
-          (other == errors[lane] && choices[lane + width] < choices[lane])) {
-          errors[lane] = other;
-          choices[lane] = choices[lane + width];
-        }
-      }
-    }
-    workgroupBarrier();
+    let best = choose(lane, error);
     if (lane == 0u) {
-      codes[vector * p.m + book] = choices[0];
+      codes[vector * p.m + book] = best;
     }
     storageBarrier();
     workgroupBarrier();

@@ -1,22 +1,10 @@
 import { assertEquals, assertLess } from "@std/assert";
-import { Gpu } from "../../kernels/gpu.ts";
 import type { CodeGemmFormat } from "../../shared/model_config.ts";
 import { gaussian, randomInt, seededRandom } from "../../shared/random.ts";
 import { type CodedArrays, CodedMatrix } from "./coded_matrix.ts";
-import { Recorder } from "./operation.ts";
+import { withRecorder } from "./testing.ts";
 
 const N = 12, K = 64;
-
-async function withRecorder(work: (recorder: Recorder) => Promise<void>): Promise<void> {
-  const gpu = await Gpu.open({ software: true, limits: "default" });
-  const recorder = new Recorder(gpu);
-  try {
-    await work(recorder);
-  } finally {
-    recorder.destroy();
-    gpu.close();
-  }
-}
 
 const random = seededRandom(5);
 const normal = (count: number) => Float32Array.from({ length: count }, () => gaussian(random));

@@ -1,24 +1,12 @@
 import { assertAlmostEquals, assertEquals, assertLess } from "@std/assert";
-import { Gpu } from "../../kernels/gpu.ts";
 import { gaussian, seededRandom } from "../../shared/random.ts";
 import { Adam } from "./adam.ts";
 import { half } from "./half.ts";
-import { Recorder } from "./operation.ts";
+import { withRecorder } from "./testing.ts";
 import { dotProduct, rowwise } from "./rows.ts";
 
 const random = seededRandom(6);
 const normal = (count: number) => Float32Array.from({ length: count }, () => gaussian(random));
-
-async function withRecorder(work: (recorder: Recorder) => Promise<void>): Promise<void> {
-  const gpu = await Gpu.open({ software: true, limits: "default" });
-  const recorder = new Recorder(gpu);
-  try {
-    await work(recorder);
-  } finally {
-    recorder.destroy();
-    gpu.close();
-  }
-}
 
 Deno.test("distillation: losses and gradient agree with plain loops and finite differences", () =>
   withRecorder(async (recorder) => {
