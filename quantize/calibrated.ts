@@ -7,31 +7,23 @@
  *
  * @module
  */
-import {
-  assertFinite,
-  type Checkpoint,
-  encodeSafetensors,
-  formatName,
-  readHeader,
-  toFloat16,
-  toFloat32,
-} from "../shared/checkpoint/mod.ts";
+import { type Checkpoint, formatName } from "../shared/checkpoint/mod.ts";
 import type { Clock } from "../shared/clock.ts";
-import { FleetError, invariant } from "../shared/errors.ts";
-import {
-  type CodeGemmFormat,
-  LINEAR_NAMES,
-  type LinearName,
-  linearShape,
-  type ModelConfig,
-} from "../shared/model_config.ts";
+import { FleetError } from "../shared/errors.ts";
+import { type CodeGemmFormat, LINEAR_NAMES, type LinearName } from "../shared/model_config.ts";
 import { seededRandom } from "../shared/random.ts";
 import type { Gpu } from "../kernels/gpu.ts";
+import { f16Bytes, layerBytes, readBlock, writeBlock } from "./block_files.ts";
 import { type CalibrationText, gather, shuffled } from "./calibration_text.ts";
+import { readEnds, readLayer, storedFloat16 } from "./float_layers.ts";
 import type { LayerArrays } from "./gpu/tuned_layer.ts";
-import type { ModelEnds } from "./gpu/model_tuner.ts";
-import { fromStored, toStored } from "./layout.ts";
-import { copyFiles, planTensors, quantizedConfig, writeText } from "./output.ts";
+import {
+  copyFiles,
+  type PlannedTensors,
+  planTensors,
+  quantizedConfig,
+  writeText,
+} from "./output.ts";
 import {
   type Activations,
   type BlockReport,
@@ -76,7 +68,6 @@ export interface CalibratedRun {
 }
 
 const STATE = "state.json";
-const blockFile = (layer: number) => `block-${layer}.safetensors`;
 
 /** How far a run has come; written last, in one piece, after each block. */
 interface State {
@@ -98,8 +89,8 @@ export async function quantizeCalibrated(
   settings: CalibratedSettings,
   run: CalibratedRun,
 ): Promise<CalibratedReport> {
-  const { gpu, clock, work } = run, { config } = checkpoint;
-  if (config.codegemm) {
+  const { gpu, clock, work } = run;
+  if (checkpoint.config.codegemm) {
     throw new FleetError("bad-usage", "The checkpoint is in CodeGEMM format already");
   }
   const plan = planTensors(checkpoint, format, settings.keep, settings.fallback);
@@ -120,31 +111,76 @@ export async function quantizeCalibrated(
     checkpoint.names().map((name) => checkpoint.info(name)),
   ])));
   const state = await readState(work, fingerprint);
-  const shape = { sequences: settings.batchSequences, tokens: text.tokens };
-  const blockBatches = Math.floor(
-    Math.min(settings.blockSequences, text.sequences) / shape.sequences,
+  const job: Job = {
+    checkpoint,
+    format,
+    text,
+    settings,
+    run,
+    plan,
+    shape: { sequences: settings.batchSequences, tokens: text.tokens },
+    kept: (layer) =>
+      new Set(LINEAR_NAMES.filter((name) => !quantized.has(`model.layers.${layer}.${name}`))),
+  };
+  await quantizeBlocks(job, state);
+  const tuned = settings.modelSteps > 0 ? await tuneWhole(job) : null;
+  const report: CalibratedReport = {
+    format: formatName(format),
+    settings,
+    calibration: { tokens: text.ids.length, sequenceTokens: text.tokens, sha256 },
+    adapter: gpu.info.name,
+    seconds: (clock.nowMs() - startMs) / 1000,
+    blocks: state.blocks,
+    model: tuned && { losses: tuned.losses, seconds: tuned.seconds },
+  };
+  await writeCheckpoint(
+    checkpoint,
+    format,
+    plan,
+    report,
+    run.sink,
+    async (layer) =>
+      tuned ? tuned.layers[layer] : await finished(job, layer, await readLayer(checkpoint, layer)),
+    tuned?.finalNorm ?? null,
   );
-  invariant(blockBatches > 0, "the text was cut for at least one batch");
+  await work.clear();
+  return report;
+}
+
+/** One run, with what follows from its arguments. */
+interface Job {
+  checkpoint: Checkpoint;
+  format: CodeGemmFormat;
+  text: CalibrationText;
+  settings: CalibratedSettings;
+  run: CalibratedRun;
+  plan: readonly PlannedTensors[];
+  shape: { sequences: number; tokens: number };
+  /** Matrices of a layer that stay float16. */
+  kept(layer: number): ReadonlySet<LinearName>;
+}
+
+/** Quantizes the blocks that are not finished yet; each is kept before the next is begun. */
+async function quantizeBlocks(job: Job, state: State): Promise<void> {
+  const { checkpoint, format, text, settings, run, plan, shape } = job;
+  const { config } = checkpoint, { gpu, clock, work } = run;
+  const batches = Math.max(
+    1,
+    Math.floor(Math.min(settings.blockSequences, text.sequences) / shape.sequences),
+  );
   if (state.blocks.length === 0) {
     // All of it now, not after hours of work.
     for (const { source } of plan) await storedFloat16(checkpoint, source);
-    const chosen = shuffled(text.sequences, settings.seed).subarray(
-      0,
-      blockBatches * shape.sequences,
-    );
+    const chosen = shuffled(text.sequences, settings.seed).subarray(0, batches * shape.sequences);
     await embed(checkpoint, gather(text, chosen), shape, work);
   }
-  const kept = (layer: number) =>
-    new Set(LINEAR_NAMES.filter((name) => !quantized.has(`model.layers.${layer}.${name}`)));
-
+  const words = shape.sequences * shape.tokens * config.hiddenSize / 2;
+  const streams = (layer: number) => ({
+    float: activations(work, `float-${layer}.f16`, words),
+    quantized: activations(work, `quantized-${layer}.f16`, words),
+  });
   for (let layer = state.blocks.length; layer < config.layers; layer++) {
     const blockMs = clock.nowMs();
-    const stream = (which: "float" | "quantized", at: number) =>
-      activations(
-        work,
-        `${which}-${at}.f16`,
-        shape.sequences * shape.tokens * config.hiddenSize / 2,
-      );
     const made = await quantizeBlock(
       gpu,
       {
@@ -152,10 +188,10 @@ export async function quantizeCalibrated(
         format,
         shape,
         layer: await readLayer(checkpoint, layer),
-        kept: kept(layer),
-        inputs: { float: stream("float", layer), quantized: stream("quantized", layer) },
-        outputs: { float: stream("float", layer + 1), quantized: stream("quantized", layer + 1) },
-        batches: blockBatches,
+        kept: job.kept(layer),
+        inputs: streams(layer),
+        outputs: streams(layer + 1),
+        batches,
       },
       settings,
       seededRandom(settings.seed * 2 ** 20 + layer),
@@ -169,45 +205,55 @@ export async function quantizeCalibrated(
     for (const which of ["float", "quantized"]) await work.remove(`${which}-${layer}.f16`);
     run.onBlock?.(state.blocks.at(-1)!, layer + 1, config.layers);
   }
+}
 
-  let model: CalibratedReport["model"] = null;
-  let tuned: { layers: LayerArrays[]; finalNorm: Float32Array } | null = null;
-  if (settings.modelSteps > 0) {
-    const modelMs = clock.nowMs();
-    const ends = await readEnds(checkpoint);
-    const teacher: LayerArrays[] = [], student: LayerArrays[] = [];
-    for (let layer = 0; layer < config.layers; layer++) {
-      const float = await readLayer(checkpoint, layer);
-      teacher.push(float);
-      student.push(await readBlock(work, layer, float, kept(layer), config, format));
-    }
-    const result = await tuneModel(gpu, {
-      config,
-      format,
-      shape,
-      text,
-      ends,
-      teacher,
-      student,
-      work,
-      onStep: (done, total, { divergence }) => run.onStep?.(done, total, divergence),
-    }, settings);
-    tuned = result;
-    model = { losses: result.losses, seconds: (clock.nowMs() - modelMs) / 1000 };
+/** Tunes all finished blocks together. */
+async function tuneWhole(job: Job) {
+  const { checkpoint, format, text, settings, run, shape } = job;
+  const startMs = run.clock.nowMs();
+  const teacher: LayerArrays[] = [], student: LayerArrays[] = [];
+  for (let layer = 0; layer < checkpoint.config.layers; layer++) {
+    const float = await readLayer(checkpoint, layer);
+    teacher.push(float);
+    student.push(await finished(job, layer, float));
   }
-  const report: CalibratedReport = {
-    format: formatName(format),
-    settings,
-    calibration: { tokens: text.ids.length, sequenceTokens: text.tokens, sha256 },
-    adapter: gpu.info.name,
-    seconds: (clock.nowMs() - startMs) / 1000,
-    blocks: state.blocks,
-    model,
-  };
+  const result = await tuneModel(run.gpu, {
+    config: checkpoint.config,
+    format,
+    shape,
+    text,
+    ends: await readEnds(checkpoint),
+    teacher,
+    student,
+    work: run.work,
+    onStep: (done, total, { divergence }) => run.onStep?.(done, total, divergence),
+  }, settings);
+  return { ...result, seconds: (run.clock.nowMs() - startMs) / 1000 };
+}
+
+/** A finished block, with the float matrices that it keeps. */
+function finished(
+  { checkpoint, format, run, kept }: Job,
+  layer: number,
+  float: LayerArrays,
+): Promise<LayerArrays> {
+  return readBlock(run.work, layer, float, kept(layer), checkpoint.config, format);
+}
+
+/** Writes the result: tuned layers, what was kept, the report, and the files beside them. */
+async function writeCheckpoint(
+  checkpoint: Checkpoint,
+  format: CodeGemmFormat,
+  plan: readonly PlannedTensors[],
+  report: CalibratedReport,
+  sink: FileSink,
+  layerOf: (layer: number) => Promise<LayerArrays>,
+  finalNorm: Float32Array | null,
+): Promise<void> {
   const writer = await createShardWriter(
-    run.sink,
+    sink,
     plan.flatMap((item) => item.tensors),
-    settings.maxShardBytes,
+    report.settings.maxShardBytes,
   );
   const layers = new Map<number, Record<string, Uint8Array>>();
   for (const item of plan) {
@@ -215,30 +261,20 @@ export async function quantizeCalibrated(
       const layer = Number(/^model\.layers\.(\d+)\./.exec(name)?.[1] ?? -1);
       if (layer >= 0 && !layers.has(layer)) {
         layers.clear(); // One block in memory at a time.
-        const arrays = tuned ? tuned.layers[layer] : await readBlock(
-          work,
-          layer,
-          await readLayer(checkpoint, layer),
-          kept(layer),
-          config,
-          format,
-        );
-        layers.set(layer, layerBytes(arrays, layer, config, format));
+        layers.set(layer, layerBytes(await layerOf(layer), layer, checkpoint.config, format));
       }
       const made = layer >= 0
         ? layers.get(layer)![name]
-        : name === "model.norm.weight" && tuned
-        ? f16Bytes(tuned.finalNorm)
+        : name === "model.norm.weight" && finalNorm
+        ? f16Bytes(finalNorm)
         : undefined;
       await writer.write(name, made ?? await storedFloat16(checkpoint, name));
     }
   }
-  await writeText(run.sink, "quantization.json", JSON.stringify(report, null, 2) + "\n");
-  await copyFiles(checkpoint, run.sink);
-  await writeText(run.sink, "config.json", quantizedConfig(checkpoint.configJson, format));
+  await writeText(sink, "quantization.json", JSON.stringify(report, null, 2) + "\n");
+  await copyFiles(checkpoint, sink);
+  await writeText(sink, "config.json", quantizedConfig(checkpoint.configJson, format));
   await writer.finish();
-  await work.clear();
-  return report;
 }
 
 async function digest(bytes: Uint8Array<ArrayBuffer>): Promise<string> {
@@ -297,132 +333,4 @@ async function embed(
       await work.write(`${which}-0.f16`, first * hiddenSize * 2, new Uint8Array(batch.buffer));
     }
   }
-}
-
-async function storedFloat16(
-  checkpoint: Checkpoint,
-  name: string,
-): Promise<Uint8Array<ArrayBuffer>> {
-  const { dtype, bytes } = checkpoint.info(name);
-  return new Uint8Array(toFloat16(name, dtype, await checkpoint.read(name, 0, bytes)).buffer);
-}
-
-async function readFloats(
-  checkpoint: Checkpoint,
-  name: string,
-): Promise<Float32Array<ArrayBuffer>> {
-  const { dtype, bytes } = checkpoint.info(name);
-  const data = await checkpoint.read(name, 0, bytes);
-  assertFinite(name, dtype, data);
-  return toFloat32(name, dtype, data);
-}
-
-async function readLayer(checkpoint: Checkpoint, layer: number) {
-  const prefix = `model.layers.${layer}`;
-  const matrices = {} as Record<LinearName, Float32Array<ArrayBuffer>>;
-  for (const name of LINEAR_NAMES) {
-    matrices[name] = await readFloats(checkpoint, `${prefix}.${name}.weight`);
-  }
-  const norms = {
-    input: await readFloats(checkpoint, `${prefix}.input_layernorm.weight`),
-    post: await readFloats(checkpoint, `${prefix}.post_attention_layernorm.weight`),
-  };
-  return { matrices, norms };
-}
-
-async function readEnds(checkpoint: Checkpoint): Promise<ModelEnds> {
-  const embedding = await readFloats(checkpoint, "model.embed_tokens.weight");
-  return {
-    embedding,
-    finalNorm: await readFloats(checkpoint, "model.norm.weight"),
-    head: checkpoint.config.tiedEmbeddings
-      ? embedding
-      : await readFloats(checkpoint, "lm_head.weight"),
-  };
-}
-
-/** A layer's tensors as they are stored, by name. */
-function layerBytes(
-  { matrices, norms }: LayerArrays,
-  layer: number,
-  config: ModelConfig,
-  format: CodeGemmFormat,
-): Record<string, Uint8Array> {
-  const prefix = `model.layers.${layer}`;
-  const out: Record<string, Uint8Array> = {
-    [`${prefix}.input_layernorm.weight`]: f16Bytes(norms.input),
-    [`${prefix}.post_attention_layernorm.weight`]: f16Bytes(norms.post),
-  };
-  for (const name of LINEAR_NAMES) {
-    const arrays = matrices[name];
-    // Float ones are copied from the checkpoint, unchanged.
-    if (arrays instanceof Float32Array) continue;
-    const stored = toStored(arrays, format, linearShape(config, name));
-    for (const [kind, values] of Object.entries(stored)) {
-      out[`${prefix}.${name}.${kind}`] = new Uint8Array(values.buffer);
-    }
-  }
-  return out;
-}
-
-function f16Bytes(values: Float32Array): Uint8Array<ArrayBuffer> {
-  return new Uint8Array(Float16Array.from(values).buffer);
-}
-
-/** Keeps a finished block: a safetensors file of its tensors as they will be stored. */
-async function writeBlock(
-  work: WorkFiles,
-  layer: number,
-  arrays: LayerArrays,
-  config: ModelConfig,
-  format: CodeGemmFormat,
-): Promise<void> {
-  const tensors = Object.entries(layerBytes(arrays, layer, config, format)).map(([name, data]) => ({
-    name,
-    dtype: "U8" as const,
-    shape: [data.length],
-    bytes: data.length,
-    data,
-  }));
-  await work.remove(blockFile(layer));
-  await work.write(blockFile(layer), 0, encodeSafetensors(tensors));
-}
-
-async function readBlock(
-  work: WorkFiles,
-  layer: number,
-  float: LayerArrays,
-  kept: ReadonlySet<LinearName>,
-  config: ModelConfig,
-  format: CodeGemmFormat,
-): Promise<LayerArrays> {
-  const file = blockFile(layer), prefix = `model.layers.${layer}`;
-  const places = new Map((await readHeader(work, file)).map((tensor) => [tensor.name, tensor]));
-  const read = async (name: string) => {
-    const place = places.get(`${prefix}.${name}`);
-    invariant(place, `${file} holds ${name}`);
-    return (await work.read(file, place.fileOffset, place.bytes)).buffer;
-  };
-  const matrices = {} as LayerArrays["matrices"];
-  for (const name of LINEAR_NAMES) {
-    if (kept.has(name)) {
-      matrices[name] = float.matrices[name];
-      continue;
-    }
-    const stored = {
-      codes: new Uint32Array(await read(`${name}.codes`)),
-      codebooks: new Uint16Array(await read(`${name}.codebooks`)),
-      scales: new Uint16Array(await read(`${name}.scales`)),
-    };
-    matrices[name] = fromStored(stored, format, linearShape(config, name));
-  }
-  const norm = async (name: string) =>
-    Float32Array.from(new Float16Array(await read(`${name}.weight`)));
-  return {
-    matrices,
-    norms: {
-      input: await norm("input_layernorm"),
-      post: await norm("post_attention_layernorm"),
-    },
-  };
 }

@@ -4,6 +4,14 @@
  * @module
  */
 export {
+  type CalibratedReport,
+  type CalibratedRun,
+  type CalibratedSettings,
+  quantizeCalibrated,
+} from "./calibrated.ts";
+export { type CalibrationText, cutSequences } from "./calibration_text.ts";
+export { convertAqlm } from "./convert.ts";
+export {
   type MatrixReport,
   quantizeCheckpoint,
   type QuantizeReport,
@@ -12,6 +20,8 @@ export {
 } from "./checkpoint.ts";
 export type { CodebookSettings } from "./codebooks.ts";
 export { parseFormat } from "./format.ts";
+export { judge, type Judgement, type JudgeOptions } from "./judge.ts";
+export { describePlan, planQuantization, type QuantizationPlan } from "./plan.ts";
 export {
   type MatrixSettings,
   type QuantizedMatrix,
@@ -19,4 +29,5 @@ export {
   reconstruct,
   type StoredMatrix,
 } from "./matrix.ts";
+export { memoryWork, type WorkFiles } from "./work_files.ts";
 export { createShardWriter, type FileSink, planShards, type ShardWriter } from "./writer.ts";
