@@ -15,6 +15,12 @@ export interface ChildOptions {
   args: string[];
   env?: Record<string, string>;
   cwd?: string;
+  /**
+   * Ctrl-C in a terminal reaches a whole group of processes at once. A child in a group of its own
+   * does not hear it: its parent does, and stops its children in an order in which each can still say
+   * goodbye.
+   */
+  ownGroup?: boolean;
   /** Called with each line that it prints. */
   onLine: (name: string, line: string) => void;
 }
@@ -44,6 +50,7 @@ export function startChild(options: ChildOptions): Child {
       stdin: "null",
       stdout: "piped",
       stderr: "piped",
+      detached: options.ownGroup,
     }).spawn();
   } catch (cause) {
     throw new FleetError("bad-usage", `Cannot start ${options.command}; is it installed?`, {

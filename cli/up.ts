@@ -14,7 +14,12 @@ import { type Child, startChild, taskArgs } from "./processes.ts";
 const ROOT = new URL("../", import.meta.url);
 /** From start to the first token: the demo model loads in seconds, a 70B one takes minutes. */
 const READY_WITHIN_MS = 30 * 60_000;
+/** nats-server listens within a moment; a disk that is slow to sync its stores takes longer. */
+const NATS_WITHIN_MS = 30_000;
 const RESTART_AFTER_MS = 1_000;
+/** Of the lines that are not shown, the last ones are told when their process ends unasked. */
+const HIDDEN_LINES = 10;
+const NATS = "nats";
 const COLORS = [36, 33, 35, 32, 34, 31];
 
 const COMMAND = {
@@ -35,7 +40,11 @@ const COMMAND = {
       env: "CODEGEMM_MODEL",
       help: "checkpoint directory; the embedded demo model by default",
     },
-    memory: { type: "string", env: "CODEGEMM_MEMORY", help: "GPU memory per worker, e.g. 10GiB" },
+    memory: {
+      type: "string",
+      env: "CODEGEMM_MEMORY",
+      help: "GPU memory of each worker, e.g. 10GiB; by default they share what there is",
+    },
     verbose: { type: "boolean", help: "show what nats-server prints, too" },
   },
 } as const;
@@ -46,6 +55,7 @@ class LocalFleet {
   /** Resolves when something that the fleet cannot do without has ended, or on request. */
   readonly over: Promise<FleetError | null>;
   #children = new Set<Child>();
+  #hidden: string[] = [];
   #stopping = false;
   #end!: (error: FleetError | null) => void;
   readonly #width: number;
@@ -58,12 +68,12 @@ class LocalFleet {
   }
 
   /** Starts a child whose end is the end of all. */
-  start(name: string, command: string, args: string[], onLine?: (line: string) => void): Child {
-    const child = this.#spawn(name, command, args, onLine);
-    child.ended.then(({ code }) => {
-      if (!this.#stopping) this.#end(new FleetError("unavailable", `${name} ended (${code})`));
+  start(name: string, command: string, args: string[]): void {
+    this.#spawn(name, command, args).ended.then(({ code, signal }) => {
+      if (this.#stopping) return;
+      if (name === NATS) this.#hidden.forEach((line) => this.#print(name, line));
+      this.#end(new FleetError("unavailable", `${name} ended (${signal ?? code})`));
     });
-    return child;
   }
 
   /** Starts a child that is started again when it ends: a worker, as its supervisor would. */
@@ -91,17 +101,20 @@ class LocalFleet {
     await Deno.remove(this.directory, { recursive: true });
   }
 
-  #spawn(name: string, command: string, args: string[], onLine?: (line: string) => void): Child {
+  #spawn(name: string, command: string, args: string[]): Child {
     const child = startChild({
       name,
       command,
       args,
       cwd: ROOT.pathname,
+      ownGroup: true,
       // Without it, Mesa complains at every start.
       env: { XDG_RUNTIME_DIR: Deno.env.get("XDG_RUNTIME_DIR") ?? this.directory },
       onLine: (_, line) => {
-        onLine?.(line);
-        if (name !== "nats" || this.#verbose) this.#print(name, line);
+        // That each is lost to the others now need not be read.
+        if (this.#stopping) return;
+        if (name !== NATS || this.#verbose) return this.#print(name, line);
+        this.#hidden = [...this.#hidden, line].slice(-HIDDEN_LINES);
       },
     });
     this.#children.add(child);
@@ -148,20 +161,41 @@ function freePort(): number {
   return port;
 }
 
-/** Waits until the API says that tokens come out. */
-async function untilReady(url: string, fleet: LocalFleet): Promise<boolean> {
+/** Asks again and again until `holds`; false when the time or the fleet was over before. */
+async function until(
+  holds: () => Promise<boolean>,
+  fleet: LocalFleet,
+  { everyMs, withinMs }: { everyMs: number; withinMs: number },
+): Promise<boolean> {
   let over = false;
   fleet.over.then(() => over = true);
-  const deadline = performance.now() + READY_WITHIN_MS;
+  const deadline = performance.now() + withinMs;
   while (!over && performance.now() < deadline) {
-    const ready = await fetch(`${url}/readyz`).then(
-      async (response) => (await response.body?.cancel(), response.ok),
-      () => false,
-    );
-    if (ready) return true;
-    await new Promise((resolve) => setTimeout(resolve, 200));
+    if (await holds()) return true;
+    await new Promise((resolve) => setTimeout(resolve, everyMs));
   }
   return false;
+}
+
+/** Whether somebody listens on a port of loopback. */
+async function listens(port: number): Promise<boolean> {
+  try {
+    (await Deno.connect({ hostname: "127.0.0.1", port })).close();
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+/** Whether the API says that tokens come out. */
+async function isReady(url: string): Promise<boolean> {
+  try {
+    const response = await fetch(`${url}/readyz`);
+    await response.body?.cancel();
+    return response.ok;
+  } catch {
+    return false;
+  }
 }
 
 async function main(): Promise<void> {
@@ -200,7 +234,11 @@ async function startAll(
       storeDir: `${fleet.directory}/jetstream`,
     }),
   );
-  fleet.start("nats", "nats-server", ["-c", configFile]);
+  fleet.start(NATS, "nats-server", ["-c", configFile]);
+  const listening = () => listens(websocketPort);
+  if (!await until(listening, fleet, { everyMs: 20, withinMs: NATS_WITHIN_MS })) {
+    return fleet.end(new FleetError("nats", "nats-server runs, but does not listen"));
+  }
   const deno = Deno.execPath(), { tasks } = denoJson;
   fleet.start("coordinator", deno, [
     ...taskArgs(tasks, "coordinator"),
@@ -212,11 +250,15 @@ async function startAll(
       ...taskArgs(tasks, "worker"),
       ...["--nats", nats, "--name", name],
       ...(software ? ["--software"] : []),
-      ...(values.memory ? ["--memory", values.memory] : []),
+      // They all get the same GPU: WebGPU lets nobody choose another.
+      ...(values.memory
+        ? ["--memory", values.memory]
+        : ["--memory-share", String(1 / names.length)]),
     ]);
   }
   const url = `http://127.0.0.1:${apiPort}`;
-  if (!await untilReady(url, fleet)) return;
+  const ready = () => isReady(url);
+  if (!await until(ready, fleet, { everyMs: 200, withinMs: READY_WITHIN_MS })) return;
   const { data: [model] } = await (await fetch(`${url}/v1/models`)).json();
   printLine(
     `ready: ${url}/ shows the fleet; try: curl -N ${url}/v1/chat/completions ` +

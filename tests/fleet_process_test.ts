@@ -18,7 +18,7 @@ interface UpFleet extends AsyncDisposable {
   url: string;
   pid: number;
   lines: string[];
-  /** Ends it as Ctrl-C does; resolves with its exit code. */
+  /** Ends it as Ctrl-C in a terminal does; resolves with its exit code. */
   interrupt(): Promise<number>;
 }
 
@@ -32,6 +32,7 @@ async function startUp(...flags: string[]): Promise<UpFleet> {
     command: Deno.execPath(),
     args: [...taskArgs(denoJson.tasks, "up"), "--port", String(port), ...flags],
     cwd: ROOT,
+    ownGroup: true,
     onLine: (_, line) => {
       lines.push(line);
       if (line.startsWith("ready: ")) resolve();
@@ -40,7 +41,8 @@ async function startUp(...flags: string[]): Promise<UpFleet> {
   let over = false;
   up.ended.then(() => over = true);
   const interrupt = async () => {
-    if (!over) Deno.kill(up.pid, "SIGINT");
+    // As a terminal does: to all of the group.
+    if (!over) Deno.kill(-up.pid, "SIGINT");
     return (await up.ended).code;
   };
   const { promise: late, reject } = Promise.withResolvers<never>();
@@ -198,7 +200,9 @@ Deno.test({
         family.map((pid) => Deno.readTextFile(`/proc/${pid}/cmdline`)),
       );
       const directory = commands.join("\0").match(/[^\0]*codegemm-fleet-up-[^/\0]*/)![0];
+      const startMs = performance.now();
       assertEquals(await fleet.interrupt(), 0);
+      assert(performance.now() - startMs < 4_000, "all went by themselves, none had to be killed");
       assertEquals(await remaining(family), []);
       assertEquals(await Deno.stat(directory).then(() => true, () => false), false);
     });

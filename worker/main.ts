@@ -52,6 +52,14 @@ const COMMAND = {
       min: 1,
       help: "GPU memory to use, e.g. 22GiB; found out by default",
     },
+    "memory-share": {
+      type: "number",
+      env: "CODEGEMM_MEMORY_SHARE",
+      default: 1,
+      min: 0.01,
+      max: 1,
+      help: "of the GPU's memory, without --memory: 0.5 where two workers have one GPU",
+    },
     software: {
       type: "boolean",
       env: "CODEGEMM_SOFTWARE",
@@ -173,7 +181,8 @@ async function join(
       modelDirectory: values.model,
     }, log),
   ]);
-  const memory = await gpuMemory(opened.info, values.memory, MACHINE);
+  const wish = { bytes: values.memory, share: values["memory-share"] };
+  const memory = await gpuMemory(opened.info, wish, MACHINE);
   const worker = new FleetWorker({
     bus: link.bus,
     clock: systemClock,

@@ -34,20 +34,40 @@ export interface GpuMemory {
   source: string;
 }
 
+/** What the command line says about memory. */
+export interface MemoryWish {
+  /** Taken as it is. */
+  bytes?: number;
+  /** Of the whole GPU, where `bytes` is absent: 1 / n for n workers on one GPU. */
+  share: number;
+}
+
+/** A GPU's memory in bytes, and where that is from. */
+interface Found {
+  total: number;
+  /** What others have left of it. */
+  free: number;
+  source: string;
+}
+
 /**
+ * A share counts from the whole, not from what is free: another worker on the same GPU may have taken
+ * its own share already.
+ *
  * @param gpu the adapter that was opened
- * @param askedBytes what `--memory` said, if it did; taken as it is
  * @throws FleetError `gpu` that names the flag when the memory cannot be found out
  */
 export async function gpuMemory(
   gpu: GpuInfo,
-  askedBytes: number | undefined,
+  wish: MemoryWish,
   machine: Machine,
 ): Promise<GpuMemory> {
-  if (askedBytes !== undefined) return { bytes: askedBytes, source: "--memory" };
+  if (wish.bytes !== undefined) return { bytes: wish.bytes, source: "--memory" };
+  const shared = (source: string) =>
+    wish.share < 1 ? `${Math.round(wish.share * 100)} % of ${source}` : source;
   if (gpu.software) {
-    const bytes = Math.floor(machine.memoryBytes() * SOFTWARE_SHARE);
-    return { bytes, source: "a quarter of the machine's memory" };
+    const bytes = Math.floor(machine.memoryBytes() * SOFTWARE_SHARE * wish.share);
+    return { bytes, source: shared("a quarter of the machine's memory") };
   }
   const found = machine.os === "darwin"
     ? await appleMemory(machine)
@@ -59,7 +79,8 @@ export async function gpuMemory(
         "amdgpu's sysfs nor system_profiler knows it); say it with --memory, as in --memory 22GiB",
     );
   }
-  return { ...found, bytes: Math.floor(found.bytes * (1 - RESERVED_SHARE)) };
+  const bytes = Math.min(found.total * wish.share, found.free) * (1 - RESERVED_SHARE);
+  return { bytes: Math.floor(bytes), source: shared(`what ${found.source} tells`) };
 }
 
 /**
@@ -67,18 +88,19 @@ export async function gpuMemory(
  * several GPUs of the adapter's name the one with the least free memory counts, for WebGPU does not
  * tell which of them it opened.
  */
-async function nvidiaMemory(gpu: GpuInfo, machine: Machine): Promise<GpuMemory | null> {
+async function nvidiaMemory(gpu: GpuInfo, machine: Machine): Promise<Found | null> {
   const output = await machine.run("nvidia-smi", [
     "--query-gpu=name,memory.total,memory.used",
     "--format=csv,noheader,nounits",
   ]);
-  const free: number[] = [];
+  let fullest: Found | null = null;
   for (const line of output?.split("\n") ?? []) {
     const [name, totalMiB, usedMiB] = line.split(",").map((field) => field.trim());
-    const freeMiB = Number(totalMiB) - Number(usedMiB);
-    if (gpu.name.includes(name) && freeMiB > 0) free.push(freeMiB * MiB);
+    const total = Number(totalMiB) * MiB, free = total - Number(usedMiB) * MiB;
+    if (!gpu.name.includes(name) || !(free > 0)) continue;
+    if (!fullest || free < fullest.free) fullest = { total, free, source: "nvidia-smi" };
   }
-  return free.length > 0 ? { bytes: Math.min(...free), source: "nvidia-smi" } : null;
+  return fullest;
 }
 
 /**
@@ -86,7 +108,7 @@ async function nvidiaMemory(gpu: GpuInfo, machine: Machine): Promise<GpuMemory |
  * without `--allow-all`; it prints `PATH:VALUE` and passes over files that are not there. Of several
  * cards the one with the most memory counts: it is the one that WebGPU prefers.
  */
-async function amdMemory(machine: Machine): Promise<GpuMemory | null> {
+async function amdMemory(machine: Machine): Promise<Found | null> {
   if (machine.os !== "linux") return null;
   const folders = Array.from(
     { length: DRM_CARDS },
@@ -99,17 +121,17 @@ async function amdMemory(machine: Machine): Promise<GpuMemory | null> {
     const [path, value] = line.split(":");
     values.set(path, Number(value));
   }
-  let best: { total: number; free: number } | null = null;
+  let best: Found | null = null;
   for (const folder of folders) {
     const total = values.get(`${folder}_total`), used = values.get(`${folder}_used`);
     if (!total || used === undefined || !(used < total)) continue;
-    if (!best || total > best.total) best = { total, free: total - used };
+    if (!best || total > best.total) best = { total, free: total - used, source: "amdgpu" };
   }
-  return best && { bytes: best.free, source: "amdgpu" };
+  return best;
 }
 
 /** A discrete GPU says its memory; Apple silicon shares the machine's. */
-async function appleMemory(machine: Machine): Promise<GpuMemory | null> {
+async function appleMemory(machine: Machine): Promise<Found | null> {
   const output = await machine.run("system_profiler", [
     "SPDisplaysDataType",
     "SPHardwareDataType",
@@ -127,11 +149,9 @@ async function appleMemory(machine: Machine): Promise<GpuMemory | null> {
   const sizes = (entries: Record<string, unknown>[] | undefined, key: string) =>
     (entries ?? []).map((entry) => appleBytes(entry[key])).filter((bytes) => bytes > 0);
   const discrete = sizes(profile.SPDisplaysDataType, "spdisplays_vram");
-  if (discrete.length > 0) {
-    return { bytes: Math.max(...discrete), source: "system_profiler" };
-  }
   const [shared] = sizes(profile.SPHardwareDataType, "physical_memory");
-  return shared ? { bytes: shared * APPLE_SHARE, source: "system_profiler" } : null;
+  const total = discrete.length > 0 ? Math.max(...discrete) : (shared ?? 0) * APPLE_SHARE;
+  return total > 0 ? { total, free: total, source: "system_profiler" } : null;
 }
 
 /** Bytes of `"8 GB"`, which means GiB; 0 of anything else. */

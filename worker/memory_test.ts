@@ -21,21 +21,28 @@ function machine(os: string, answers: Record<string, string>): Machine & { asked
 
 const bare = (os: string) => machine(os, {});
 const known = async (name: string, on: Machine) =>
-  (await gpuMemory({ name, software: false }, undefined, on)).bytes;
+  (await gpuMemory({ name, software: false }, { share: 1 }, on)).bytes;
 const less = (bytes: number) => Math.floor(bytes * 0.95);
 
 Deno.test("gpuMemory() takes --memory as it is and asks nobody", async () => {
   const on = bare("linux");
-  assertEquals(await gpuMemory({ name: "any", software: false }, 5 * GiB, on), {
-    bytes: 5 * GiB,
-    source: "--memory",
-  });
+  assertEquals(
+    await gpuMemory({ name: "any", software: false }, { bytes: 5 * GiB, share: 0.5 }, on),
+    {
+      bytes: 5 * GiB,
+      source: "--memory",
+    },
+  );
   assertEquals(on.asked, []);
 });
 
 Deno.test("gpuMemory() gives a software adapter a share of main memory", async () => {
-  const { bytes } = await gpuMemory({ name: "llvmpipe", software: true }, undefined, bare("linux"));
-  assertEquals(bytes, 8 * GiB);
+  const gpu = { name: "llvmpipe", software: true };
+  assertEquals((await gpuMemory(gpu, { share: 1 }, bare("linux"))).bytes, 8 * GiB);
+  assertEquals(await gpuMemory(gpu, { share: 0.25 }, bare("linux")), {
+    bytes: 2 * GiB,
+    source: "25 % of a quarter of the machine's memory",
+  });
 });
 
 Deno.test("gpuMemory() asks nvidia-smi, and counts the fullest GPU of the adapter's name", async () => {
@@ -45,6 +52,17 @@ Deno.test("gpuMemory() asks nvidia-smi, and counts the fullest GPU of the adapte
     "nvidia-smi": "NVIDIA T400, 2048, 100\nNVIDIA L4, 23034, 1\nNVIDIA L4, 23034, 20000\n",
   });
   assertEquals(await known("NVIDIA L4", several), less(3034 * MiB));
+});
+
+Deno.test("gpuMemory() takes a share from the whole, and no more than is free", async () => {
+  const half = async (usedMiB: number) => {
+    const on = machine("linux", { "nvidia-smi": `NVIDIA L4, 20000, ${usedMiB}\n` });
+    return (await gpuMemory({ name: "NVIDIA L4", software: false }, { share: 0.5 }, on)).bytes;
+  };
+  assertEquals(await half(0), less(10_000 * MiB));
+  // The other worker has its half, or more than that.
+  assertEquals(await half(9_500), less(10_000 * MiB));
+  assertEquals(await half(16_000), less(4_000 * MiB));
 });
 
 Deno.test("gpuMemory() asks amdgpu, and counts the largest card", async () => {
