@@ -25,7 +25,7 @@ import type { FleetEvent } from "./snapshot.ts";
 
 /** The kernels' order of operations; raised when a kernel changes it. */
 const PROFILE_VERSION = 2;
-/** How long running answers may take to hear that the coordinator goes. */
+/** How long running answers, and the next coordinator, may take to hear that this one goes. */
 const GOODBYE_MS = 1_000;
 
 const COMMAND = {
@@ -164,6 +164,30 @@ function textSide(checkpoint: Checkpoint) {
   return { tokenizer, chatTemplate };
 }
 
+/** Waits for what may hang: words through a NATS that is gone, an answer that nobody reads. */
+async function atMost(ms: number, work: Promise<unknown>): Promise<void> {
+  await Promise.race([work, new Promise((resolve) => setTimeout(resolve, ms))]);
+}
+
+/** @throws FleetError `bad-usage` for an address that is taken or is not this machine's */
+function listen(
+  hostname: string,
+  port: number,
+  modelId: string,
+  handler: (request: Request) => Response | Promise<Response>,
+): Deno.HttpServer {
+  const onListen = (at: Deno.NetAddr) =>
+    console.log(`${modelId} will be served at http://${at.hostname}:${at.port}/v1`);
+  try {
+    return Deno.serve({ hostname, port, onListen }, handler);
+  } catch (cause) {
+    const why = cause instanceof Error ? cause.message : String(cause);
+    const message =
+      `Cannot listen on ${hostname}:${port} (${why}); choose another --port or --host`;
+    throw new FleetError("bad-usage", message, { cause });
+  }
+}
+
 async function main(): Promise<void> {
   const { values } = parseFlags(COMMAND);
   const objective = oneOf("objective", values.objective, ["throughput", "latency"]);
@@ -196,7 +220,7 @@ async function main(): Promise<void> {
     stop,
   );
   try {
-    const model = await publishModel(checkpoint, {
+    const publishing = publishModel(checkpoint, {
       directory: values.model,
       name: values.name,
       connection,
@@ -204,46 +228,43 @@ async function main(): Promise<void> {
       upload: !values["no-upload"],
       log: (line) => console.log(line),
     });
-    const fleet = new Fleet({
-      bus,
-      clock: systemClock,
-      prefix: values.prefix,
-      model,
-      nextEpoch: () => lease.nextEpoch(),
-      contextTokens,
-      sequences: values.sequences,
-      objective,
-      stages: values.stages ?? null,
-      profile: { version: PROFILE_VERSION, decode },
-      log: printEvent,
-    });
-    watchDisconnects(bus, (name) => fleet.disconnected(name));
-    const api = createApi({
-      engine: fleet,
-      tokenizer,
-      chatTemplate,
-      clock: systemClock,
-      randomSeed: () => randomBytes(8).readBigUInt64LE(),
-      apiKeys,
-      metrics: new Metrics(),
-      log: (level, text) => printEvent({ atUnixMs: systemClock.unixMs(), level, text }),
-    });
-    const server = Deno.serve({
-      hostname: values.host,
-      port: values.port,
-      onListen: ({ hostname, port }) =>
-        console.log(`${model.id} will be served at http://${hostname}:${port}/v1`),
-    }, api.fetch);
-    fleet.start();
+    // Weights may take many minutes to upload; who stops us then need not wait.
+    const model = await Promise.race([publishing, stopped.then(() => null)]);
+    if (model) {
+      const fleet = new Fleet({
+        bus,
+        clock: systemClock,
+        prefix: values.prefix,
+        model,
+        nextEpoch: () => lease.nextEpoch(),
+        contextTokens,
+        sequences: values.sequences,
+        objective,
+        stages: values.stages ?? null,
+        profile: { version: PROFILE_VERSION, decode },
+        log: printEvent,
+      });
+      watchDisconnects(bus, (name) => fleet.disconnected(name));
+      const api = createApi({
+        engine: fleet,
+        tokenizer,
+        chatTemplate,
+        clock: systemClock,
+        randomSeed: () => randomBytes(8).readBigUInt64LE(),
+        apiKeys,
+        metrics: new Metrics(),
+        log: (level, text) => printEvent({ atUnixMs: systemClock.unixMs(), level, text }),
+      });
+      const server = listen(values.host, values.port, model.id, api.fetch);
+      fleet.start();
+      await stopped;
+      await fleet.stop();
+      await atMost(GOODBYE_MS, server.shutdown());
+    }
     const error = await stopped;
-    await fleet.stop();
-    await Promise.race([
-      server.shutdown(),
-      new Promise((resolve) => setTimeout(resolve, GOODBYE_MS)),
-    ]);
     if (error) throw error;
   } finally {
-    await lease.release();
+    await atMost(GOODBYE_MS, lease.release());
     await bus.close();
   }
   Deno.exit(0);
