@@ -153,6 +153,14 @@ function usage<F extends Record<string, Flag>>(command: Command<F>, what: string
   return new FleetError("bad-usage", `${what}; see deno task ${command.command} --help`);
 }
 
+/** Sizes as they are written on a command line. */
+function shownDefault(flag: Exclude<Flag, { type: "boolean" }>): string {
+  const { type, default: value } = flag;
+  if (type !== "bytes" || value === undefined) return String(value);
+  const unit = ["TiB", "GiB", "MiB", "KiB"].find((unit) => value > 0 && value % UNITS[unit] === 0);
+  return unit ? `${value / UNITS[unit]}${unit}` : String(value);
+}
+
 /** The text that `--help` prints. */
 export function helpText<F extends Record<string, Flag>>(command: Command<F>): string {
   const positional = command.positionals;
@@ -167,7 +175,7 @@ export function helpText<F extends Record<string, Flag>>(command: Command<F>): s
   const width = Math.max(...heads.map((head) => head.length), 8) + 2;
   for (const [index, flag] of Object.values(command.flags).entries()) {
     const notes = [
-      flag.type !== "boolean" && flag.default !== undefined ? `default ${flag.default}` : "",
+      flag.type === "boolean" || (flag.default ?? "") === "" ? "" : `default ${shownDefault(flag)}`,
       flag.env ?? "",
     ].filter(Boolean).join(", ");
     lines.push(`${heads[index].padEnd(width)}${flag.help}${notes ? ` [${notes}]` : ""}`);

@@ -1,4 +1,4 @@
-import { assertEquals, assertStringIncludes, assertThrows } from "@std/assert";
+import { assert, assertEquals, assertStringIncludes, assertThrows } from "@std/assert";
 import { FleetError } from "./errors.ts";
 import { helpText, parseFlags } from "./flags.ts";
 
@@ -10,6 +10,8 @@ const COMMAND = {
     count: { type: "integer", default: 3, min: 1, max: 8, help: "how many" },
     name: { type: "string", required: true, env: "TRY_NAME", help: "whose" },
     file: { type: "path", default: "models/x", help: "where" },
+    room: { type: "bytes", default: 1.5 * 2 ** 30, help: "where to" },
+    keep: { type: "string", default: "", help: "which" },
     loud: { type: "boolean", env: "TRY_LOUD", help: "say more" },
   },
 } as const;
@@ -61,4 +63,6 @@ Deno.test("the help shows every flag with its default and its environment variab
   const help = helpText(COMMAND);
   assertStringIncludes(help, "--count <integer>  how many [default 3]");
   assertStringIncludes(help, "whose [TRY_NAME]");
+  assertStringIncludes(help, "where to [default 1536MiB]");
+  assert(help.includes("which\n"), "an empty default goes without saying");
 });
