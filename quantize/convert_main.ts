@@ -15,8 +15,8 @@ if (import.meta.main) {
       command: "convert",
       summary: "Turns an AQLM checkpoint (codes of 8 bits) into one of CodeGEMM format, exactly.",
       flags: {
-        in: { type: "string", required: true, help: "directory of the AQLM checkpoint" },
-        out: { type: "string", required: true, help: "directory to make; empty or not there yet" },
+        in: { type: "path", required: true, help: "directory of the AQLM checkpoint" },
+        out: { type: "path", required: true, help: "directory to make; empty or not there yet" },
         "shard-size": {
           type: "bytes",
           default: 4 * 2 ** 30,

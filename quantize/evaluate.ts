@@ -4,6 +4,7 @@
  *
  * @module
  */
+import { resolve } from "node:path";
 import { type Checkpoint, formatName, openCheckpoint } from "../shared/checkpoint/mod.ts";
 import { directorySource } from "../shared/checkpoint/directory.ts";
 import { FleetError } from "../shared/errors.ts";
@@ -60,12 +61,12 @@ if (import.meta.main) {
           help: "directory of the checkpoint; several with commas between",
         },
         tokens: {
-          type: "string",
+          type: "path",
           required: true,
           help: "token ids: .u16, .u32, or JSON with an array tokens",
         },
         reference: {
-          type: "string",
+          type: "path",
           help: "directory of a checkpoint whose predictions are the measure, the float one say",
         },
         window: {
@@ -92,7 +93,8 @@ if (import.meta.main) {
     try {
       const measure = reference ? await load(reference) : null;
       const rows: EvaluateRow[] = [];
-      for (const path of flags.model.split(",")) {
+      for (const name of flags.model.split(",")) {
+        const path = resolve(Deno.env.get("INIT_CWD") ?? ".", name);
         const checkpoint = await open(path);
         const { vocabSize, codegemm } = checkpoint.config;
         checkText(path, checkpoint, tokens, reference);
@@ -112,7 +114,7 @@ if (import.meta.main) {
           : await perplexity(chain, tokens, options);
         chain.destroy();
         rows.push({
-          model: path,
+          model: name,
           format: codegemm ? formatName(codegemm) : "float",
           bytes: checkpoint.names().reduce((sum, name) => sum + checkpoint.info(name).bytes, 0),
           ...result,

@@ -22,9 +22,9 @@ const COMMAND = {
   command: "quantize",
   summary: "Turns a float checkpoint of a Llama-family model into one of CodeGEMM format.",
   flags: {
-    in: { type: "string", required: true, help: "directory of the float checkpoint" },
+    in: { type: "path", required: true, help: "directory of the float checkpoint" },
     out: {
-      type: "string",
+      type: "path",
       required: true,
       help: "directory to make; one where a run stopped half way is gone on with",
     },
@@ -34,7 +34,7 @@ const COMMAND = {
       help: "mXvYgZ: X codebooks, Y weights per code, Z weights per scale",
     },
     calibration: {
-      type: "string",
+      type: "path",
       help: "token ids to calibrate on (.u16, .u32, or JSON {tokens}); without, plain k-means",
     },
     keep: {

@@ -24,6 +24,7 @@ async function withCommand(
           "--no-prompt",
           `--allow-read=${path}`,
           `--allow-write=${path}`,
+          "--allow-env=INIT_CWD",
           new URL("main.ts", import.meta.url).pathname,
           ...["--in", `${path}/in`, "--rounds", "1", ...args],
         ],
