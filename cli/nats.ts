@@ -60,7 +60,10 @@ export const COMMAND = {
       env: "CODEGEMM_PREFIX",
       help: "prefix of the fleet's subjects",
     },
-    print: { type: "boolean", help: "print the configuration instead of running it" },
+    print: {
+      type: "boolean",
+      help: "print the configuration, which includes passwords.conf where workers are named",
+    },
   },
 } as const;
 
@@ -72,6 +75,8 @@ export interface Prepared {
   configFile: string;
   /** Of each user, when there are any. */
   credentialsFiles: string[];
+  /** Of all users together, when there are any. */
+  passwordFile: string | null;
   /** What its operator should know. */
   warnings: string[];
 }
@@ -110,8 +115,9 @@ export async function prepare(flags: Flags): Promise<Prepared> {
   });
   const configFile = `${dir}/nats.conf`;
   const credentialsFiles: string[] = [];
+  let passwordFile: string | null = null;
   try {
-    await Deno.mkdir(dir, { recursive: true });
+    if (!flags.print || workers.length > 0) await Deno.mkdir(dir, { recursive: true });
     if (workers.length > 0) {
       const passwords = new Map<string, string>();
       for (const user of [COORDINATOR, ...workers]) {
@@ -119,9 +125,11 @@ export async function prepare(flags: Flags): Promise<Prepared> {
         passwords.set(user, await passwordOf(user, file));
         credentialsFiles.push(file);
       }
-      await writePrivate(`${dir}/${PASSWORD_FILE}`, passwordConfig(passwords));
+      passwordFile = `${dir}/${PASSWORD_FILE}`;
+      await writePrivate(passwordFile, passwordConfig(passwords));
     }
-    await Deno.writeTextFile(configFile, config);
+    // One that is only shown must not take the place of the one that a server runs with.
+    if (!flags.print) await Deno.writeTextFile(configFile, config);
   } catch (cause) {
     if (cause instanceof FleetError) throw cause;
     const reason = cause instanceof Error ? cause.message : String(cause);
@@ -132,7 +140,7 @@ export async function prepare(flags: Flags): Promise<Prepared> {
   const warnings = !loopback && certFile === undefined
     ? ["without --tls-cert, passwords and activations cross the network in clear"]
     : [];
-  return { config, configFile, credentialsFiles, warnings };
+  return { config, configFile, credentialsFiles, passwordFile, warnings };
 }
 
 /** The password in a user's file, made where there is none. */
@@ -180,10 +188,11 @@ async function absolute(file: string): Promise<string> {
 
 async function main(): Promise<void> {
   const { values } = parseFlags(COMMAND);
-  const { config, configFile, credentialsFiles, warnings } = await prepare(values);
+  const { config, configFile, credentialsFiles, passwordFile, warnings } = await prepare(values);
   for (const warning of warnings) console.error(`warning: ${warning}`);
   for (const file of credentialsFiles) console.error(`credentials: ${file}`);
   if (values.print) {
+    if (passwordFile !== null) console.error(`to lie beside the configuration: ${passwordFile}`);
     console.log(config);
     return;
   }

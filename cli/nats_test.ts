@@ -43,6 +43,13 @@ Deno.test("deno task nats", async (t) => {
     assertNotEquals((await Deno.readTextFile(`${dir}/c.auth`)).slice(2), before.slice(2));
   });
 
+  await t.step("what is only printed leaves the configuration in use alone", async () => {
+    const { configFile, config } = await prepare(flags(dir, "--workers", "a,b,c"));
+    const printed = await prepare(flags(dir, "--print"));
+    assertNotEquals(printed.config, config);
+    assertEquals(await Deno.readTextFile(configFile), config);
+  });
+
   await t.step("the configuration is one that nats-server accepts", async () => {
     const { configFile } = await prepare(flags(dir, "--workers", "a,b-2,c_3"));
     const check = await new Deno.Command("nats-server", { args: ["-t", "-c", configFile] })

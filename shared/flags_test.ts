@@ -25,6 +25,8 @@ Deno.test("a flag comes before its environment variable, and that before the def
     count: 3,
     name: "a",
     file: "models/x",
+    room: 1.5 * 2 ** 30,
+    keep: "",
     loud: false,
   });
   const env = { TRY_NAME: "b", TRY_SIZE: "2MiB", TRY_LOUD: "1" };

@@ -43,6 +43,8 @@ export interface NatsOptions {
   minPayloadBytes?: number;
   /** For the first connection; 5 s when absent. */
   timeoutMs?: number;
+  /** Hears of each subject that the server keeps this user from, once. */
+  onRefused?: (operation: string, subject: string) => void;
 }
 
 /** A live connection, seen as a bus and as the client's own (for JetStream). */
@@ -55,6 +57,8 @@ export interface NatsLink {
 
 /** Unsent bytes at which messages are dropped, as in an outage: the server has stopped reading. */
 const MAX_UNSENT_BYTES = 64 * 1024 * 1024;
+/** Subjects hold numbers that change; what is refused is clear after a few. */
+const MAX_REFUSALS_TOLD = 20;
 const PING_EVERY_MS = 500;
 const MAX_PINGS_OUT = 2;
 const FLUSH_ON_CLOSE_MS = 1_000;
@@ -100,7 +104,7 @@ export async function connectNats(options: NatsOptions): Promise<NatsLink> {
   }
   const maxPayloadBytes = connection.info?.max_payload ?? 0;
   const minPayloadBytes = options.minPayloadBytes ?? LIMITS.maxFrameBytes;
-  const bus = new NatsBus(connection, sockets, maxPayloadBytes);
+  const bus = new NatsBus(connection, sockets, maxPayloadBytes, options.onRefused);
   if (maxPayloadBytes < minPayloadBytes) {
     await bus.close();
     throw new FleetError(
@@ -241,16 +245,24 @@ class Sockets {
 
 class NatsBus implements Bus {
   readonly maxPayloadBytes: number;
+  readonly #refusals = new Set<string>();
+  readonly #onRefused: NatsOptions["onRefused"];
   readonly #connection: NatsConnection;
   readonly #sockets: Sockets;
   readonly #statusHandlers = new Set<(status: BusStatus) => void>();
   #status: BusStatus = "connected";
   #closing: Promise<void> | undefined;
 
-  constructor(connection: NatsConnection, sockets: Sockets, maxPayloadBytes: number) {
+  constructor(
+    connection: NatsConnection,
+    sockets: Sockets,
+    maxPayloadBytes: number,
+    onRefused: NatsOptions["onRefused"],
+  ) {
     this.#connection = connection;
     this.#sockets = sockets;
     this.maxPayloadBytes = maxPayloadBytes;
+    this.#onRefused = onRefused;
     this.#followStatus();
     connection.closed().then(() => this.#become("closed"));
   }
@@ -360,13 +372,19 @@ class NatsBus implements Bus {
       else if (status.type === Events.Reconnect) this.#become("connected");
       else if (status.type === Events.Error) {
         const { operation, subject } = status.permissionContext ?? {};
-        console.error(
-          subject
-            ? `NATS refuses this user's ${operation} to ${subject}`
-            : `NATS reports an error: ${status.data}`,
-        );
+        if (operation && subject) this.#refused(operation, subject);
+        else console.error(`NATS reports an error: ${status.data}`);
       }
     }
+  }
+
+  /** A beat that is refused is refused again at the next: each subject is told of once. */
+  #refused(operation: string, subject: string): void {
+    const what = `${operation} to ${subject}`;
+    if (this.#refusals.has(what) || this.#refusals.size >= MAX_REFUSALS_TOLD) return;
+    this.#refusals.add(what);
+    console.error(`NATS refuses this user's ${what}`);
+    this.#onRefused?.(operation, subject);
   }
 
   #become(status: BusStatus): void {

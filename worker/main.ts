@@ -137,7 +137,16 @@ async function main(): Promise<void> {
   const self = await identify(values);
   const nats = natsOptions(values, self);
   // Before the GPU is opened, for it fails fastest.
-  const link = await Promise.race([connectNats(nats), over.promise.then(() => null)]);
+  const { hello, ctl } = subjects(values.prefix), own = [hello(self.name), ctl(self.name)];
+  const onRefused = (operation: string, subject: string) => {
+    if (!own.includes(subject)) return;
+    const message =
+      `NATS keeps this user from the ${operation} to ${subject}: the credentials are ` +
+      `not those of the worker ${self.name}; leave --name away, or pass its own`;
+    over.resolve(new FleetError("unauthorized", message));
+  };
+  const connecting = connectNats({ ...nats, onRefused });
+  const link = await Promise.race([connecting, over.promise.then(() => null)]);
   if (!link) Deno.exit(0);
   link.bus.onStatus((status) => {
     if (status !== "closed") return log(`NATS: ${status}`);

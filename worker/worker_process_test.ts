@@ -267,6 +267,11 @@ Deno.test("a worker process that cannot join ends with the reason", () =>
       [["--name", "a.b"], "cannot be a worker's name", 2],
       [["--memory", "lots"], "--memory takes a size", 2],
       [[...nats, ...credentials, "--software", "--cache", "/proc/none"], "--cache DIR", 1],
+      [
+        [...nats, ...credentials, "--name", "w2", "--software", "--cache", directory],
+        "not those of the worker w2",
+        1,
+      ],
     ];
     if (await onlySoftware()) {
       cases.push([[...nats, ...credentials, "--cache", directory], "pass --software", 1]);
