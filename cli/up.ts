@@ -154,11 +154,23 @@ async function onlySoftware(): Promise<boolean> {
   );
 }
 
-function freePort(): number {
-  const listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
-  const { port } = listener.addr;
-  listener.close();
-  return port;
+/**
+ * A port of loopback that nobody has; any, when none is asked for.
+ *
+ * @throws FleetError `bad-usage` when somebody has the one that is asked for
+ */
+function freePort(asked = 0): number {
+  try {
+    const listener = Deno.listen({ hostname: "127.0.0.1", port: asked });
+    const { port } = listener.addr;
+    listener.close();
+    return port;
+  } catch (cause) {
+    const why = cause instanceof Error ? cause.message : String(cause);
+    throw new FleetError("bad-usage", `Port ${asked} cannot be had (${why}); take another --port`, {
+      cause,
+    });
+  }
 }
 
 /** Asks again and again until `holds`; false when the time or the fleet was over before. */
@@ -222,7 +234,7 @@ async function startAll(
   names: string[],
   software: boolean,
 ): Promise<void> {
-  const websocketPort = freePort(), apiPort = values.port || freePort();
+  const websocketPort = freePort(), apiPort = freePort(values.port);
   const nats = `ws://127.0.0.1:${websocketPort}`;
   const configFile = `${fleet.directory}/nats.conf`;
   await Deno.writeTextFile(
@@ -240,16 +252,20 @@ async function startAll(
     return fleet.end(new FleetError("nats", "nats-server runs, but does not listen"));
   }
   const deno = Deno.execPath(), { tasks } = denoJson;
+  const checkpoint = values.model ? ["--model", values.model] : [];
   fleet.start("coordinator", deno, [
     ...taskArgs(tasks, "coordinator"),
     ...["--nats", nats, "--port", String(apiPort), "--stages", String(names.length)],
-    ...(values.model ? ["--model", values.model] : []),
+    ...checkpoint,
+    // The workers read it where it is: copies of a large one would fill the disk.
+    ...(values.model ? ["--no-upload"] : []),
   ]);
   for (const name of names) {
     fleet.keep(name, deno, [
       ...taskArgs(tasks, "worker"),
       ...["--nats", nats, "--name", name],
       ...(software ? ["--software"] : []),
+      ...checkpoint,
       // They all get the same GPU: WebGPU lets nobody choose another.
       ...(values.memory
         ? ["--memory", values.memory]

@@ -214,10 +214,17 @@ Deno.test({
 });
 
 Deno.test("up says in one line what it cannot do", async () => {
-  const { stderr, code } = await new Deno.Command(Deno.execPath(), {
-    args: [...taskArgs(denoJson.tasks, "up"), "--workers", "0"],
-    cwd: ROOT,
-  }).output();
-  assertEquals(code, 2);
-  assertMatch(new TextDecoder().decode(stderr), /^error: --workers takes 1 to 32, not 0;[^\n]*\n$/);
+  using taken = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+  const refusals: [flags: string[], line: RegExp][] = [
+    [["--workers", "0"], /^error: --workers takes 1 to 32, not 0;[^\n]*\n$/],
+    [["--port", String(taken.addr.port)], /error: Port \d+ cannot be had \([^\n]*--port\n$/],
+  ];
+  for (const [flags, line] of refusals) {
+    const { stderr, code } = await new Deno.Command(Deno.execPath(), {
+      args: [...taskArgs(denoJson.tasks, "up"), ...flags],
+      cwd: ROOT,
+    }).output();
+    assertEquals(code, 2);
+    assertMatch(new TextDecoder().decode(stderr), line);
+  }
 });
