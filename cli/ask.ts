@@ -93,6 +93,7 @@ export async function ask(
   for await (const payload of eventPayloads(response.body!)) {
     if (payload === "[DONE]") break;
     const failure = parseApiError(payload);
+    if (failure && firstMs !== null) await write("\n");
     if (failure) throw failure;
     const { choices: [choice], usage } = chunk.parse(JSON.parse(payload));
     tokens = usage?.completion_tokens ?? tokens;

@@ -90,9 +90,9 @@ export function failureResponse({ status, headers, body }: ApiFailure): Response
   return Response.json(body, { status, headers });
 }
 
-/** An error for the log: with the code and the place that a client is not told. */
+/** An error for the log: with the code, and the place of a defect, which a client is not told. */
 export function logText(error: unknown): string {
   const { code, message } = toFleetError(error);
-  const stack = error instanceof Error ? error.stack : undefined;
+  const stack = error instanceof Error && !(error instanceof FleetError) ? error.stack : undefined;
   return `${code}: ${stack ?? message}`;
 }
