@@ -12,7 +12,8 @@ import { systemClock } from "../shared/clock.ts";
 import { FleetError } from "../shared/errors.ts";
 import { parseFlags, runCommand } from "../shared/flags.ts";
 import { connectNats, requireJetStream } from "../shared/nats_bus.ts";
-import { COORDINATOR, DEFAULT_NATS_URL, DEFAULT_PREFIX, subjects } from "../shared/protocol.ts";
+import { NATS_FLAGS } from "../shared/nats_flags.ts";
+import { COORDINATOR, subjects } from "../shared/protocol.ts";
 import { createTokenizer } from "../shared/tokenizer.ts";
 import { createApi } from "./api/mod.ts";
 import { watchDisconnects } from "./disconnects.ts";
@@ -32,6 +33,7 @@ const COMMAND = {
   command: "coordinator",
   summary: "Splits a model over the workers that join, and serves it as an OpenAI-compatible API.",
   flags: {
+    ...NATS_FLAGS,
     model: {
       type: "path",
       env: "CODEGEMM_MODEL",
@@ -39,24 +41,6 @@ const COMMAND = {
       help: "checkpoint directory in Hugging Face's layout",
     },
     name: { type: "string", env: "CODEGEMM_MODEL_NAME", help: "the model's id in the API" },
-    nats: {
-      type: "string",
-      env: "CODEGEMM_NATS",
-      default: DEFAULT_NATS_URL,
-      help: "websocket URL of nats-server",
-    },
-    prefix: {
-      type: "string",
-      env: "CODEGEMM_PREFIX",
-      default: DEFAULT_PREFIX,
-      help: "first token of the fleet's subjects",
-    },
-    credentials: {
-      type: "path",
-      env: "CODEGEMM_NATS_CREDENTIALS",
-      help: "file with what NATS asks for",
-    },
-    ca: { type: "path", env: "CODEGEMM_NATS_CA", help: "file with NATS' certificate authority" },
     host: {
       type: "string",
       env: "CODEGEMM_HOST",

@@ -11,14 +11,8 @@ import { systemClock } from "../shared/clock.ts";
 import { FleetError, toFleetError } from "../shared/errors.ts";
 import { parseFlags, runCommand } from "../shared/flags.ts";
 import { connectNats, type NatsLink, parseCredentials } from "../shared/nats_bus.ts";
-import {
-  COORDINATOR,
-  DEFAULT_NATS_URL,
-  DEFAULT_PREFIX,
-  Name,
-  PROTOCOL_VERSION,
-  subjects,
-} from "../shared/protocol.ts";
+import { NATS_FLAGS } from "../shared/nats_flags.ts";
+import { COORDINATOR, Name, PROTOCOL_VERSION, subjects } from "../shared/protocol.ts";
 import { GpuClient } from "./gpu_client.ts";
 import { gpuMemory, type Machine } from "./memory.ts";
 import type { PartLocation } from "./part_location.ts";
@@ -29,18 +23,7 @@ const COMMAND = {
   command: "worker",
   summary: "Joins a fleet with this machine's GPU, and serves the layers that it is given.",
   flags: {
-    nats: {
-      type: "string",
-      env: "CODEGEMM_NATS",
-      default: DEFAULT_NATS_URL,
-      help: "websocket URL of nats-server",
-    },
-    prefix: {
-      type: "string",
-      env: "CODEGEMM_PREFIX",
-      default: DEFAULT_PREFIX,
-      help: "first token of the fleet's subjects",
-    },
+    ...NATS_FLAGS,
     name: {
       type: "string",
       env: "CODEGEMM_NAME",
@@ -81,16 +64,6 @@ const COMMAND = {
       type: "path",
       env: "CODEGEMM_MODEL",
       help: "a checkpoint on this machine, read in place of downloads",
-    },
-    credentials: {
-      type: "path",
-      env: "CODEGEMM_NATS_CREDENTIALS",
-      help: "file with what NATS asks for",
-    },
-    ca: {
-      type: "path",
-      env: "CODEGEMM_NATS_CA",
-      help: "file with NATS' certificate authority",
     },
   },
 } as const;
