@@ -13,7 +13,8 @@ import { type Child, startChild, taskArgs } from "../cli/processes.ts";
 import type { FleetSnapshot } from "../coordinator/snapshot.ts";
 import { FleetError } from "../shared/errors.ts";
 import { parseFlags, runCommand } from "../shared/flags.ts";
-import { freePort, startNatsServer } from "../tests/nats_server.ts";
+import { freePort } from "../cli/ports.ts";
+import { startNatsServer } from "../tests/nats_server.ts";
 import { type ShapeName, SHAPES, writeSyntheticCheckpoint } from "./synthetic_checkpoint.ts";
 
 const ROOT = new URL("../", import.meta.url);

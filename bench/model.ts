@@ -10,7 +10,7 @@ import { Gpu } from "../kernels/gpu.ts";
 import { StageModel, type StageSpec, tuneStage, WeightStore } from "../model/mod.ts";
 import { FleetError } from "../shared/errors.ts";
 import { parseFlags, runCommand } from "../shared/flags.ts";
-import type { StepBatch } from "../shared/frames.ts";
+import { GREEDY, type StepBatch } from "../shared/frames.ts";
 import { LIMITS } from "../shared/limits.ts";
 import { type CodeGemmFormat, type ModelConfig, stageParts } from "../shared/model_config.ts";
 import { type KernelTime, timeKernels } from "./kernel_times.ts";
@@ -168,26 +168,7 @@ class Bench {
 }
 
 function greedy(row: number): StepBatch["requests"][number] {
-  const nothing = new Uint32Array(0);
-  return {
-    type: "sample",
-    row,
-    sampling: {
-      temperature: 0,
-      topP: 1,
-      topK: 0,
-      seedLow: 0,
-      seedHigh: 0,
-      choice: 0,
-      presencePenalty: 0,
-      frequencyPenalty: 0,
-      biasTokens: nothing,
-      biasValues: new Float32Array(0),
-      countTokens: nothing,
-      counts: nothing,
-      alternatives: 0,
-    },
-  };
+  return { type: "sample", row, sampling: GREEDY };
 }
 
 function median(values: number[]): number {

@@ -5,10 +5,12 @@
  * @module
  */
 import denoJson from "../deno.json" with { type: "json" };
+import { gpuInfo } from "../kernels/gpu.ts";
 import { FleetError } from "../shared/errors.ts";
 import { parseFlags, runCommand } from "../shared/flags.ts";
 import { DEFAULT_PREFIX } from "../shared/protocol.ts";
 import { natsServerConfig } from "../shared/nats_config.ts";
+import { freePort, listens } from "./ports.ts";
 import { type Child, startChild, taskArgs } from "./processes.ts";
 
 const ROOT = new URL("../", import.meta.url);
@@ -149,28 +151,7 @@ async function onlySoftware(): Promise<boolean> {
         "the CPU (./run up does it on Debian)",
     );
   }
-  return adapter.info.isFallbackAdapter || /llvmpipe|lavapipe|swiftshader/i.test(
-    adapter.info.description,
-  );
-}
-
-/**
- * A port of loopback that nobody has; any, when none is asked for.
- *
- * @throws FleetError `bad-usage` when somebody has the one that is asked for
- */
-function freePort(asked = 0): number {
-  try {
-    const listener = Deno.listen({ hostname: "127.0.0.1", port: asked });
-    const { port } = listener.addr;
-    listener.close();
-    return port;
-  } catch (cause) {
-    const why = cause instanceof Error ? cause.message : String(cause);
-    throw new FleetError("bad-usage", `Port ${asked} cannot be had (${why}); take another --port`, {
-      cause,
-    });
-  }
+  return gpuInfo(adapter).software;
 }
 
 /** Asks again and again until `holds`; false when the time or the fleet was over before. */
@@ -187,16 +168,6 @@ async function until(
     await new Promise((resolve) => setTimeout(resolve, everyMs));
   }
   return false;
-}
-
-/** Whether somebody listens on a port of loopback. */
-async function listens(port: number): Promise<boolean> {
-  try {
-    (await Deno.connect({ hostname: "127.0.0.1", port })).close();
-    return true;
-  } catch {
-    return false;
-  }
 }
 
 /** Whether the API says that tokens come out. */

@@ -54,6 +54,13 @@ export function alignBytes(bytes: number): number {
   return Math.max(BUFFER_ALIGN, Math.ceil(bytes / BUFFER_ALIGN) * BUFFER_ALIGN);
 }
 
+/** What an adapter is. */
+export function gpuInfo({ info }: GPUAdapter): GpuInfo {
+  const name = info.description || info.device || "unnamed adapter";
+  const software = info.isFallbackAdapter || /llvmpipe|swiftshader|lavapipe/i.test(name);
+  return { name, software };
+}
+
 /** An open GPU. Any uncaptured WebGPU error is fatal: see {@linkcode Gpu.failure}. */
 export class Gpu {
   readonly device: GPUDevice;
@@ -95,8 +102,7 @@ export class Gpu {
           "or mesa-vulkan-drivers and --software to run on the CPU",
       );
     }
-    const name = adapter.info.description || adapter.info.device || "unnamed adapter";
-    const software = adapter.info.isFallbackAdapter || /llvmpipe|swiftshader|lavapipe/i.test(name);
+    const { name, software } = gpuInfo(adapter);
     if (software && !options.software) {
       throw new FleetError(
         "gpu",

@@ -7,7 +7,7 @@ import { assert, assertEquals, assertMatch } from "@std/assert";
 import OpenAI from "openai";
 import denoJson from "../deno.json" with { type: "json" };
 import { startChild, taskArgs } from "../cli/processes.ts";
-import { freePort } from "./nats_server.ts";
+import { freePort } from "../cli/ports.ts";
 
 const ROOT = new URL("../", import.meta.url).pathname;
 const MODEL = "story-16m-m1v4g128";

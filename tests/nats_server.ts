@@ -4,8 +4,11 @@
  *
  * @module
  */
+import { freePort, listens } from "../cli/ports.ts";
 import { natsServerConfig, type NatsServerOptions, passwordConfig } from "../shared/nats_config.ts";
 import { COORDINATOR } from "../shared/protocol.ts";
+
+export { freePort } from "../cli/ports.ts";
 
 /** What to change about the server. */
 export interface TestServerOptions {
@@ -35,14 +38,6 @@ export interface TestServer extends AsyncDisposable {
   signal(signal: Deno.Signal): void;
   /** Ends it and removes its files. */
   stop(): Promise<void>;
-}
-
-/** A port of loopback that was free a moment ago. */
-export function freePort(): number {
-  const listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
-  const { port } = listener.addr as Deno.NetAddr;
-  listener.close();
-  return port;
 }
 
 /** Starts a server and waits until it answers. */
@@ -84,7 +79,7 @@ export async function startNatsServer(options: TestServerOptions = {}): Promise<
     let ended = false;
     child.status.then(() => ended = true);
     for (const deadline = performance.now() + 10_000;;) {
-      if (await accepts(port)) return;
+      if (await listens(port)) return;
       if (ended || performance.now() > deadline) {
         await kill();
         const log = await Deno.readTextFile(`${dir}/log`).catch(() => "no log");
@@ -124,13 +119,4 @@ export async function startNatsServer(options: TestServerOptions = {}): Promise<
     stop,
     [Symbol.asyncDispose]: stop,
   };
-}
-
-async function accepts(port: number): Promise<boolean> {
-  try {
-    (await Deno.connect({ hostname: "127.0.0.1", port })).close();
-    return true;
-  } catch {
-    return false;
-  }
 }

@@ -4,11 +4,11 @@
  *
  * @module
  */
+import { toFloat16 } from "../../shared/checkpoint/mod.ts";
 import { FleetError, invariant } from "../../shared/errors.ts";
 import type { CodeGemmFormat, DType, TensorInfo, TensorSource } from "../../shared/model_config.ts";
 import { DTYPE_BYTES } from "../../shared/model_config.ts";
 import type { Gpu } from "../gpu.ts";
-import { toFloat16 } from "./float16.ts";
 import { denseStoredK, tileDenseRows, tileLines } from "./layout.ts";
 import type { Tuning } from "./order.ts";
 import { canStack, checkFormat, codeOrder, DEFAULT_TUNING, denseOrder, roundUp } from "./order.ts";
@@ -72,9 +72,9 @@ async function loadDense(
         if (rows < rowBlock) tile.fill(0);
         for (let first = 0; first < rows; first += sliceRows) {
           const count = Math.min(sliceRows, rows - first);
-          const from = (block.start + at + first) * rowBytes;
-          const bytes = await tensors.read(info.name, from, count * rowBytes);
-          const values = toFloat16(bytes, info.dtype, info.name);
+          const row = block.start + at + first;
+          const bytes = await tensors.read(info.name, row * rowBytes, count * rowBytes);
+          const values = toFloat16(info.name, info.dtype, bytes, row * k);
           tileDenseRows(values, tile, { k, rows: count, first, rowBlock });
         }
         await writer.write(block.weights, (at / rowBlock) * blockBytes, tile);
@@ -154,9 +154,9 @@ export async function loadStack(
     for (const [i, { n, codes, books, scales }] of sources.entries()) {
       const { start } = matrix.members[i];
       const centroids = toFloat16(
-        await tensors.read(books.name, 0, books.bytes),
-        "F16",
         books.name,
+        "F16",
+        await tensors.read(books.name, 0, books.bytes),
       );
       await writer.write(matrix.codebooks!, i * books.bytes, centroids);
       const target = (buffers: GPUBuffer[]) => ({ blocks, buffers, start, n, rowBlock });
@@ -170,9 +170,10 @@ export async function loadStack(
       await streamLines(writer, groups, 1, 2, target(blocks.map((block) => block.scales!)), {
         read: async (_plane, first, lines) =>
           toFloat16(
-            await tensors.read(scales.name, first * n * 2, lines * n * 2),
-            "F16",
             scales.name,
+            "F16",
+            await tensors.read(scales.name, first * n * 2, lines * n * 2),
+            first * n,
           ),
         tile: (elements) => new Uint16Array(elements),
       });
