@@ -62,11 +62,6 @@ export class GpuClient implements StageLoader<PartLocation> {
     };
   }
 
-  /** Ends the thread; idempotent. */
-  close(): void {
-    this.#thread.close();
-  }
-
   /** As a frame the whole step is one buffer, and moves. */
   #run(epoch: number, batch: StepBatch, hidden: Uint16Array | null): Promise<RunnerOutput> {
     const frame = encodeFrame({ ...UNORDERED, batch, hidden });

@@ -193,7 +193,10 @@ async function join(
   );
 }
 
-/** Says goodbye and lets go of everything, in bounded time. */
+/**
+ * Says goodbye and lets go of everything but the GPU thread, in bounded time. That one ends with the
+ * process: ending it just before, while the driver takes its own leave, crashed one process in twelve.
+ */
 async function leave(held: Holdings, failure: FleetError | null): Promise<void> {
   const goodbye = async () => {
     if (failure) held.worker?.fail(failure);
@@ -203,7 +206,6 @@ async function leave(held: Holdings, failure: FleetError | null): Promise<void> 
   };
   const bound = new Promise((resolve) => setTimeout(resolve, GOODBYE_MS));
   await Promise.race([goodbye().catch(() => {}), bound]);
-  held.gpu.close();
 }
 
 function onSignals(handler: () => void): void {
