@@ -9,8 +9,10 @@
  */
 import { LIMITS } from "./limits.ts";
 import {
+  codesPerWord,
   LINEAR_NAMES,
   linearShape,
+  matrixFormat,
   type ModelConfig,
   type PartName,
   stageParts,
@@ -88,9 +90,9 @@ export function partBytes(config: ModelConfig, part: PartName): number {
 
 function matrixBytes({ codegemm }: ModelConfig, n: number, k: number): number {
   if (!codegemm) return denseBytes(n, k);
-  const { m, v, g, b } = codegemm;
+  const { m, v, g, b } = matrixFormat(codegemm, k);
   const paddedN = roundUp(n, N_ALIGN) + N_ALIGN * Math.ceil(n / N_BLOCK);
-  const codes = m * (k / v) * paddedN * (b / 8);
+  const codes = m * (k / v) * paddedN * U32 / codesPerWord(codegemm);
   const codebooks = m * 2 ** b * v * F16;
   const scales = (k / g) * paddedN * F16;
   return codes + codebooks + scales;

@@ -11,15 +11,29 @@ export interface CodeGemmFormat {
   m: number;
   /** Weights per code. */
   v: number;
-  /** Consecutive weights of a row that share a scale. */
+  /** Consecutive weights of a row that share a scale, or {@linkcode ROW_SCALE}. */
   g: number;
-  /** Bits of a code: 8 (256 centroids). */
+  /** Bits of a code, 8 to 16; a codebook has `2^b` centroids. */
   b: number;
 }
 
-/** `m b / v + 16 / g`. */
+/** In place of {@linkcode CodeGemmFormat.g}: one scale for a whole row, however long. */
+export const ROW_SCALE = -1;
+
+/** The format as it is in a matrix of this K: a scale for a whole row is one for K weights. */
+export function matrixFormat(format: CodeGemmFormat, k: number): CodeGemmFormat {
+  return format.g === ROW_SCALE ? { ...format, g: k } : format;
+}
+
+/** Codes of a 32-bit word: four of 8 bits, or two of 9 to 16 bits. */
+export function codesPerWord({ b }: Pick<CodeGemmFormat, "b">): 4 | 2 {
+  return b > 8 ? 2 : 4;
+}
+
+/** `m b / v + 16 / g`; one scale for a whole row is too little to count. */
 export function bitsPerWeight(format: CodeGemmFormat): number {
-  return format.m * format.b / format.v + 16 / format.g;
+  const scaleBits = format.g === ROW_SCALE ? 0 : 16 / format.g;
+  return format.m * format.b / format.v + scaleBits;
 }
 
 /** The frequency scaling of Llama 3.1 and later (`rope_type: "llama3"`). */

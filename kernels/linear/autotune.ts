@@ -11,7 +11,7 @@ import { STEP_BYTES, type StepShape, stepWords } from "../kernel.ts";
 import { PassTimer } from "../pass_timer.ts";
 import { createLinear, decodeCode, linearScratchBytes } from "./linear.ts";
 import type { Linear, Matrix } from "./types.ts";
-import { defaultVariant, familyBatches, type Variant } from "./variant.ts";
+import { decodeFamily, defaultVariant, familyBatches, type Variant } from "./variant.ts";
 
 /** What is tried beside the default. */
 export const CANDIDATES: readonly Partial<Variant>[] = [
@@ -54,8 +54,10 @@ export async function tuneLinear(
   decode: NumericsProfile["decode"],
   candidates: readonly Partial<Variant>[] = CANDIDATES,
 ): Promise<Tuned> {
-  if (!gpu.timestamps || matrices[0].format === null) return { variant: {}, trials: [] };
-  const batches = familyBatches(defaultVariant(gpu.info.software), decode);
+  const [{ format }] = matrices;
+  if (!gpu.timestamps || format === null) return { variant: {}, trials: [] };
+  const family = decodeFamily(format, { decode });
+  const batches = familyBatches(defaultVariant(gpu.info.software), family);
   const some = matrices.slice(0, MOST_MATRICES);
   const bench = await gpu.allocate(
     "tuning",
@@ -91,6 +93,7 @@ export async function tuningKey(
   candidates: readonly Partial<Variant>[] = CANDIDATES,
 ): Promise<string> {
   const standard = defaultVariant(gpu.info.software);
+  const family = matrix.format === null ? "dense" : decodeFamily(matrix.format, { decode });
   const options = {
     gpu,
     matrix,
@@ -99,7 +102,7 @@ export async function tuningKey(
   };
   const code = [{}, ...candidates].flatMap((candidate) => {
     const variant = { ...standard, ...candidate };
-    return familyBatches(variant, decode).map((batch) =>
+    return familyBatches(variant, family).map((batch) =>
       decodeCode(options, variant, batch, "partial")?.code ?? ""
     );
   });

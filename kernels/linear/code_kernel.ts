@@ -4,7 +4,7 @@
  *
  * @module
  */
-import type { CodeGemmFormat } from "../../shared/model_config.ts";
+import { type CodeGemmFormat, codesPerWord } from "../../shared/model_config.ts";
 import type { NumericsProfile } from "../../shared/protocol.ts";
 import type { CodeOrder } from "./order.ts";
 import { largestDivisor, lcm } from "./order.ts";
@@ -49,9 +49,9 @@ export interface CodeBody {
  * The largest number of positions within `wantedK` of K that a kernel can take at a turn: whole code
  * words and whole float16 groups.
  */
-export function turnPositions(order: CodeOrder, v: number, wantedK: number): number {
-  const step = lcm(4, order.groupPositions);
-  return largestDivisor(order.unitPositions, Math.max(step, Math.floor(wantedK / v)), step);
+export function turnPositions(order: CodeOrder, format: CodeGemmFormat, wantedK: number): number {
+  const step = lcm(codesPerWord(format), order.groupPositions);
+  return largestDivisor(order.unitPositions, Math.max(step, Math.floor(wantedK / format.v)), step);
 }
 
 /** Whether workgroup memory holds a Psumbook at least, or the activations of two turns. */

@@ -7,6 +7,7 @@
  *
  * @module
  */
+import { codesPerWord } from "../../shared/model_config.ts";
 import type { CodeBody, CodeKernel } from "./code_kernel.ts";
 import {
   addGroup,
@@ -15,6 +16,7 @@ import {
   splat,
   sumVariables,
 } from "./code_kernel.ts";
+import { centroidCount, codeWidth } from "./code_words_wgsl.ts";
 import type { BatchLanes } from "./wgsl.ts";
 import { times } from "./wgsl.ts";
 
@@ -101,7 +103,9 @@ ${addGroups(kernel, lanes)}
 
 /** A code gathers its centroid, which is multiplied with the activations. */
 export function rolledDequantize(kernel: CodeKernel, lanes: BatchLanes): CodeBody {
-  const { format: { m, v }, order, rowsPerThread, turnPositions } = kernel;
+  const { format, order, rowsPerThread, turnPositions } = kernel;
+  const { m, v } = format;
+  const entries = centroidCount(format);
   const count = turnPositions * v;
   const zero = `${lanes.type("f16")}(0.0)`;
   const turn = `
@@ -115,9 +119,9 @@ export function rolledDequantize(kernel: CodeKernel, lanes: BatchLanes): CodeBod
 ${
     times(m, (k) =>
       times(rowsPerThread / 4, (t) =>
-        `      let at${k}_${t} = (${codesOf(kernel, `${k}u`, t)} + vec4<u32>(${k * 256}u + book * ${
-          m * 256
-        }u)) * ${v}u;`))
+        `      let at${k}_${t} = (${codesOf(kernel, `${k}u`, t)} + vec4<u32>(${
+          k * entries
+        }u + book * ${m * entries}u)) * ${v}u;`))
   }
       for (var e = 0u; e < ${v}u; e++) {
         if ((opens && e == 0u) || (e > 0u && e % 16u == 0u)) {
@@ -166,11 +170,14 @@ ${addGroups(kernel, lanes)}
 
 /** The codes of row quad `t` at `position`, as `vec4<u32>`. */
 function codesOf(kernel: CodeKernel, codebook: string, t: number): string {
-  const { turnPositions, format: { m }, order, threads } = kernel;
-  const word = `(turn_at * ${turnPositions / 4}u + position / 4u) * ${m}u + ${codebook}`;
-  return `((codes[(${word}) * ${order.rowBlock / 4}u + quad + ${
-    t * threads
-  }u] >> vec4<u32>(8u * (position & 3u))) & vec4<u32>(255u))`;
+  const { turnPositions, format, order, threads } = kernel;
+  const perWord = codesPerWord(format);
+  const word =
+    `(turn_at * ${turnPositions / perWord}u + position / ${perWord}u) * ${format.m}u + ` +
+    codebook;
+  return `((codes[(${word}) * ${order.rowBlock / 4}u + quad + ${t * threads}u] >> vec4<u32>(${
+    codeWidth(format)
+  }u * (position % ${perWord}u))) & vec4<u32>(${centroidCount(format) - 1}u))`;
 }
 
 /** Every row's group, with the scale at `position`. */

@@ -4,8 +4,10 @@
  *
  * @module
  */
+import { codesPerWord } from "../../shared/model_config.ts";
 import type { CodeBody, CodeKernel } from "./code_kernel.ts";
 import { addGroup, psumbooksPerHalf, splat, sumVariables } from "./code_kernel.ts";
+import { centroidCount, codeInWord, OCTET, OCTET_WEIGHTS, octetQuad } from "./code_words_wgsl.ts";
 import { gcd, roundUp } from "./order.ts";
 import type { BatchLanes } from "./wgsl.ts";
 import { times } from "./wgsl.ts";
@@ -36,7 +38,7 @@ export function unrolledPsumbook(kernel: CodeKernel, lanes: BatchLanes): CodeBod
       const opens = position % order.groupPositions === 0 && codebook === 0;
       const closes = (position + 1) % order.groupPositions === 0 && codebook === m - 1;
       for (let r = 0; r < rowsPerThread; r++) {
-        parts.push(`{ let at = ${codeOf(position, codebook, r)};`);
+        parts.push(`{ let at = ${codeOf(kernel, position, codebook, r)};`);
         for (let j = 0; j < lanes.vectors; j++) {
           parts.push(`sum${r}_${j} ${opens ? "=" : "+="} ${book(stage, slot, j)}[at];`);
           if (closes) parts.push(addGroup(lanes, scaleOf(kernel, position, r), r, j));
@@ -144,23 +146,37 @@ function fillEntry(
  * float16 multiply-add makes two products. For vectors of a multiple of 4.
  *
  * The codebooks stand in workgroup memory as often as fits, lanes spread over the copies, so that they
- * seldom meet in a bank. There is no barrier between turns.
+ * seldom meet in a bank; where not even one fits, they are gathered from the storage buffer, which
+ * should be in a cache. There is no barrier between turns.
  */
 export function unrolledDequantize(kernel: CodeKernel, lanes: BatchLanes): CodeBody {
-  const { format: { m, v }, order, threads, rowsPerThread, batch } = kernel;
+  const { format, order, threads, rowsPerThread, batch } = kernel;
+  const { m, v } = format;
   const quads = v / 4;
+  const entries = centroidCount(format);
   const copies = tableCopies(kernel);
-  const gather = (k: number, q: number) =>
-    copies === 0
-      ? `codebooks[((book * ${m}u + ${k}u) * 256u + code${k}) * ${quads}u + ${q}u]`
-      : `table${k}_${q}[(code${k} * ${copies}u) | copy]`;
+  const octets = gathersOctets(kernel);
+  const stored = (k: number, code: string, vectors: number) =>
+    `codebooks[((book * ${m}u + ${k}u) * ${entries}u + ${code}) * ${vectors}u`;
+  const gather = (k: number, q: number) => {
+    if (copies > 0) return `table${k}_${q}[(code${k} * ${copies}u) | copy]`;
+    if (octets) return `vec4<f16>(${octetQuad(`octet${k}_${q >> 1}`, q & 1)})`;
+    return `${stored(k, `code${k}`, quads)} + ${q}u]`;
+  };
   const parts = [takeWords(kernel), loadScales(kernel), loadNextWords(kernel)];
   for (let position = 0; position < kernel.turnPositions; position++) {
     const opensGroup = position % order.groupPositions === 0;
     const closesGroup = (position + 1) % order.groupPositions === 0;
     parts.push("{", times(batch, (b) => loadQuads(kernel, position, b)));
     for (let r = 0; r < rowsPerThread; r++) {
-      parts.push("{", times(m, (k) => `let code${k} = ${codeOf(position, k, r)};`));
+      parts.push("{", times(m, (k) => `let code${k} = ${codeOf(kernel, position, k, r)};`));
+      if (octets) {
+        const count = v / OCTET_WEIGHTS;
+        parts.push(times(m * count, (at) => {
+          const [k, o] = [Math.floor(at / count), at % count];
+          return `let octet${k}_${o} = ${stored(k, `code${k}`, count)} + ${o}u];`;
+        }));
+      }
       for (let q = 0; q < quads; q++) {
         const centroid = Array.from({ length: m }, (_, k) => gather(k, q)).join(" + ");
         // A vector longer than the float16 bound is closed in between.
@@ -181,33 +197,36 @@ export function unrolledDequantize(kernel: CodeKernel, lanes: BatchLanes): CodeB
     }
     parts.push("}");
   }
-  const tables = Array.from({ length: m * quads }, (_, t) => {
-    const [k, q] = [Math.floor(t / quads), t % quads];
-    return {
-      declaration: `var<workgroup> table${k}_${q}: array<vec4<f16>, ${256 * copies}>;`,
-      // Neighbouring lanes write different copies at a time, for the banks' sake too.
-      fill: times(Math.ceil(256 / threads), (set) =>
-        `if (lane + ${set * threads}u < 256u) {
-    let entry = lane + ${set * threads}u;
-    let centroid = codebooks[((book * ${m}u + ${k}u) * 256u + entry) * ${quads}u + ${q}u];
-${
-          times(
-            copies,
-            (c) =>
-              `    table${k}_${q}[entry * ${copies}u + ((lane + ${c}u) & ${
-                copies - 1
-              }u)] = centroid;`,
-          )
-        }
-  }`),
-    };
-  });
   const pairs = times(
     rowsPerThread,
     (r) => times(batch, (b) => `  var pair${r}_${b} = vec2<f16>(0.0h);`),
   );
   const prologue = `${pairs}\n${loadFirstWords(kernel)}`;
   if (copies === 0) return { declarations: "", prologue, turn: parts.join("\n") };
+  const tables = Array.from({ length: m * quads }, (_, t) => {
+    const [k, q] = [Math.floor(t / quads), t % quads];
+    return {
+      declaration: `var<workgroup> table${k}_${q}: array<vec4<f16>, ${entries * copies}>;`,
+      // Neighbouring lanes write different copies at a time, for the banks' sake too.
+      fill: times(
+        Math.ceil(entries / threads),
+        (set) =>
+          `if (lane + ${set * threads}u < ${entries}u) {
+    let entry = lane + ${set * threads}u;
+    let centroid = ${stored(k, "entry", quads)} + ${q}u];
+${
+            times(
+              copies,
+              (c) =>
+                `    table${k}_${q}[entry * ${copies}u + ((lane + ${c}u) & ${
+                  copies - 1
+                }u)] = centroid;`,
+            )
+          }
+  }`,
+      ),
+    };
+  });
   return {
     declarations: tables.map(({ declaration }) => declaration).join("\n"),
     prologue: `${prologue}
@@ -219,9 +238,16 @@ ${
 }
 
 /** Copies of the codebooks in workgroup memory, a power of two; 0 when not even one fits. */
-function tableCopies({ format: { m, v }, workgroupBytes }: CodeKernel): number {
-  const fit = Math.min(MAX_COPIES, Math.floor(workgroupBytes / (m * 256 * v * 2)));
+function tableCopies({ format, workgroupBytes }: CodeKernel): number {
+  const bytes = format.m * centroidCount(format) * format.v * 2;
+  const fit = Math.min(MAX_COPIES, Math.floor(workgroupBytes / bytes));
   return fit < 1 ? 0 : 2 ** Math.floor(Math.log2(fit));
+}
+
+/** Whether whole centroids are gathered from the storage buffer, eight weights a load. */
+function gathersOctets(kernel: CodeKernel): boolean {
+  const { family, format } = kernel;
+  return family === "dequantize" && tableCopies(kernel) === 0 && format.v % OCTET_WEIGHTS === 0;
 }
 
 /** With 16 copies of 8-byte entries, half a warp of an NVIDIA GPU reads without a bank conflict. */
@@ -259,8 +285,9 @@ function addPairs(kernel: CodeKernel, lanes: BatchLanes, position: number, r: nu
 }
 
 /** The WGSL element of the codebooks binding. */
-export function centroidType(v: number): string {
-  return v % 4 === 0 ? "vec4<f16>" : "f16";
+export function centroidType(kernel: CodeKernel): string {
+  if (gathersOctets(kernel)) return OCTET;
+  return kernel.format.v % 4 === 0 ? "vec4<f16>" : "f16";
 }
 
 /** A thread's centroid of codebook `k`: `c<codebook>_<set>_<quad or element>`, for entry `entry<set>`. */
@@ -276,9 +303,10 @@ function loadCentroid({ format: { m, v }, threads }: CodeKernel, k: number, set:
 
 /** Calls `body` for each vector of a thread's code words in a turn, with its name and its place. */
 function eachWord(kernel: CodeKernel, body: (name: string, at: number) => string): string {
-  const { turnPositions, format: { m }, rowsPerThread, threads, order } = kernel;
+  const { turnPositions, format, rowsPerThread, threads, order } = kernel;
+  const { m } = format;
   return times(
-    turnPositions / 4,
+    turnPositions / codesPerWord(format),
     (q) =>
       times(
         m,
@@ -290,8 +318,9 @@ function eachWord(kernel: CodeKernel, body: (name: string, at: number) => string
 }
 
 /** Where a thread's code words of a turn begin, WGSL. */
-function wordsAt({ turnPositions, format: { m }, order }: CodeKernel, turn: string): string {
-  return `${turn} * ${turnPositions / 4 * m * order.rowBlock / 4}u + quad`;
+function wordsAt({ turnPositions, format, order }: CodeKernel, turn: string): string {
+  const words = turnPositions / codesPerWord(format) * format.m;
+  return `${turn} * ${words * order.rowBlock / 4}u + quad`;
 }
 
 /** With prefetch, the first turn's code words into `next...`, while the first tables are made. */
@@ -345,9 +374,8 @@ function scaleOf(kernel: CodeKernel, position: number, r: number): string {
   return `scale${segment}_${r >> 2}.${"xyzw"[r & 3]}`;
 }
 
-function codeOf(position: number, codebook: number, r: number): string {
-  const word = `w${position >> 2}_${codebook}_${r >> 2}.${"xyzw"[r & 3]}`;
-  const byte = position & 3;
-  if (byte === 0) return `(${word} & 255u)`;
-  return byte === 3 ? `(${word} >> 24u)` : `((${word} >> ${8 * byte}u) & 255u)`;
+function codeOf({ format }: CodeKernel, position: number, codebook: number, r: number): string {
+  const perWord = codesPerWord(format);
+  const word = `w${Math.floor(position / perWord)}_${codebook}_${r >> 2}.${"xyzw"[r & 3]}`;
+  return codeInWord(format, word, position % perWord);
 }

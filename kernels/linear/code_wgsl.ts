@@ -6,7 +6,8 @@
  *
  * - `codegemm` (arXiv 2512.17970): Psumbooks, the inner products of all 256 centroids with the
  *   activations at a position, are made in workgroup memory; a code gathers its partial sum.
- * - `dequantize`: a code gathers its centroid, which is multiplied with the activations.
+ * - `dequantize`: a code gathers its centroid, which is multiplied with the activations. Codes of more
+ *   than 8 bits always: a Psumbook of theirs would cost more than the weights.
  *
  * The order of one row's sum, which no batch size, turn or stage changes: within a group of positions
  * in float16; groups then with their scale in float32, through a split of K; splits as `reduce_wgsl.ts`
@@ -40,9 +41,7 @@ export function codeKernelWgsl(kernel: CodeKernel): string {
   return /* wgsl */ `${HEADER_WGSL}
 @group(0) @binding(2) var<storage, read> x: array<${vectorInput ? "vec4<f16>" : "f16"}>;
 @group(0) @binding(3) var<storage, read> codes: array<vec4<u32>>;
-@group(0) @binding(4) var<storage, read> codebooks: array<${
-    unroll ? centroidType(format.v) : "f16"
-  }>;
+@group(0) @binding(4) var<storage, read> codebooks: array<${unroll ? centroidType(kernel) : "f16"}>;
 @group(0) @binding(5) var<storage, read> scales: array<vec4<f16>>;
 @group(0) @binding(6) var<storage, read_write> y: array<${
     target === "partial" ? "vec4<f32>" : "f32"

@@ -2,7 +2,8 @@
  * How weights lie on the GPU: in row blocks, so that what one workgroup reads is contiguous, and
  * neighbouring threads read neighbouring rows of N.
  *
- * - code words: `[row block][K/v/4][m][rowBlock]` u32, four codes along K each
+ * - code words: `[row block][K/v/4][m][rowBlock]` u32, four codes along K each (K/v/2 and two where
+ *   codes have more than 8 bits)
  * - scales: `[row block][K/g][rowBlock]` f16
  * - dense: `[row block][K/8][rowBlock][8]` f16, K padded with zeros to a multiple of 32
  *

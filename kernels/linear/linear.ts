@@ -19,7 +19,7 @@ import { prefillBytes, prefillThreads, prefillWgsl } from "./prefill_wgsl.ts";
 import { reduceColumns, reduceWgsl } from "./reduce_wgsl.ts";
 import type { Linear, LinearOptions, Matrix, MatrixBlock, MatrixShape } from "./types.ts";
 import type { Variant } from "./variant.ts";
-import { codeThreads, defaultVariant, familyBatches } from "./variant.ts";
+import { codeThreads, decodeFamily, defaultVariant, familyBatches } from "./variant.ts";
 import type { Batch, Params, Target } from "./wgsl.ts";
 import { PARAM_BYTES, PARAM_WORDS, RANGE_CODES } from "./wgsl.ts";
 
@@ -198,7 +198,7 @@ async function planDecode(
   const bindings = order.kind === "code" ? CODE_BINDINGS : DENSE_BINDINGS;
 
   const pipelines: DecodePlan["pipelines"] = [];
-  const family = order.kind === "dense" ? "dense" : options.profile.decode;
+  const family = matrix.format === null ? "dense" : decodeFamily(matrix.format, options.profile);
   for (const batch of familyBatches(variant, family)) {
     const made = batch <= chunkRows ? decodeCode(options, variant, batch, target) : null;
     if (made === null) continue;
@@ -272,21 +272,22 @@ export function decodeCode(
     return { code, columns: order.rowBlock };
   }
   invariant(format !== null, "a code order has a format");
+  const family = decodeFamily(format, profile);
   const { threads, perThread } = codeThreads(
     order,
-    profile.decode,
+    family,
     batch,
     variant,
     limits.maxComputeInvocationsPerWorkgroup,
   );
   const vectorInput = isVectorInput(options) && format.v % 4 === 0;
   const kernel: CodeKernel = {
-    family: profile.decode,
+    family,
     format,
     order,
     threads,
-    turnPositions: turnPositions(order, format.v, variant.turnK),
-    unroll: variant.unroll && (profile.decode === "codegemm" || format.v % 4 === 0),
+    turnPositions: turnPositions(order, format, variant.turnK),
+    unroll: variant.unroll && (family === "codegemm" || format.v % 4 === 0),
     rowsPerThread: perThread,
     prefetch: variant.prefetch,
     vectorInput,

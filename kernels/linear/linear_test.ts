@@ -1,4 +1,5 @@
 import { assert, assertEquals } from "@std/assert";
+import { parseFormatName } from "../../shared/checkpoint/mod.ts";
 import type { CodeGemmFormat, TensorSource } from "../../shared/model_config.ts";
 import { randomInt, seededRandom } from "../../shared/random.ts";
 import { Gpu } from "../gpu.ts";
@@ -23,12 +24,6 @@ import type { Matrix, MatrixShape } from "./types.ts";
 import type { Variant } from "./variant.ts";
 import { defaultVariant } from "./variant.ts";
 
-/** `m2v8g128`, as formats are written. */
-function format(text: string): CodeGemmFormat {
-  const [, m, v, g] = /^m(\d+)v(\d+)g(\d+)$/.exec(text)!.map(Number);
-  return { m, v, g, b: 8 };
-}
-
 interface Case {
   matrix: Matrix;
   shape: MatrixShape;
@@ -43,7 +38,7 @@ async function makeCase(
   text: string,
   maxBindingBytes?: number,
 ): Promise<Case> {
-  const codes = text === "dense" ? null : format(text);
+  const codes = text === "dense" ? null : parseFormatName(text);
   const tensors = randomTensors("w", shape, codes, shape[0] + shape[1]);
   const matrix = await loadMatrix(gpu, tensors, "w", shape, codes, { maxBindingBytes });
   const weights = codes === null
@@ -152,6 +147,26 @@ Deno.test("CodeGEMM linear layers equal their references in many formats, at def
     await comparesWithReferences(gpu, [40, 72], "m2v18g36", undefined, ["prefill"]);
   }));
 
+Deno.test("codes of 9 to 16 bits equal their references, whichever family the plan asks for", () =>
+  withGpu(async (gpu) => {
+    const kinds = ["dequantize", "prefill"] as const;
+    // AQLM's 1x16, one scale per row; then scale groups, long vectors, two codebooks, odd lengths.
+    await comparesWithReferences(gpu, [71, 208], "m1v8b16", undefined, [...kinds]);
+    await comparesWithReferences(gpu, [33, 96], "m1v16g48b16", undefined, [...kinds]);
+    await comparesWithReferences(gpu, [40, 140], "m2v10g70b9", undefined, [...kinds]);
+    await comparesWithReferences(gpu, [20, 96], "m3v4b12", undefined, [...kinds]);
+    const of = await makeCase(gpu, [71, 208], "m1v8b16");
+    const run = (profile: "codegemm" | "dequantize") =>
+      runLinear(gpu, {
+        matrix: of.matrix,
+        x: bitsOf(randomActivations(3 * 208, 5)),
+        shape: stepShape(3),
+        ranges: ["decode"],
+        profile,
+      });
+    assertEquals(await run("codegemm"), await run("dequantize"));
+  }));
+
 Deno.test("CodeGEMM linear layers equal their references at the adapter's limits", () =>
   withGpu(async (gpu) => {
     await comparesWithReferences(gpu, [1300, 256], "m2v8g128", undefined, ["codegemm"]);
@@ -164,6 +179,11 @@ Deno.test("unrolled CodeGEMM kernels, as GPUs run them, equal their references",
     const kinds = ["codegemm", "dequantize"] as const;
     await comparesWithReferences(gpu, [260, 384], "m1v4g128", variant, [...kinds]);
     await comparesWithReferences(gpu, [70, 72], "m2v6g12", variant, [...kinds]);
+    const wide = ["dequantize", "prefill"] as const;
+    await comparesWithReferences(gpu, [71, 208], "m1v8b16", variant, [...wide]);
+    await comparesWithReferences(gpu, [40, 192], "m2v16g32b11", variant, [...wide]);
+    await comparesWithReferences(gpu, [40, 96], "m1v4g32b13", variant, [...wide]);
+    await comparesWithReferences(gpu, [40, 96], "m1v4b9", variant, [...wide]);
   }));
 
 Deno.test("a matrix of many splits is reduced in slices", () =>
@@ -176,7 +196,12 @@ Deno.test("a matrix of many splits is reduced in slices", () =>
 
 Deno.test("a row's bits do not depend on its company, its place, the batch or the turn", () =>
   withGpu(async (gpu) => {
-    for (const [text, shape] of [["dense", [130, 520]], ["m2v4g32", [140, 192]]] as const) {
+    for (
+      const [text, shape] of [["dense", [130, 520]], ["m2v4g32", [140, 192]], [
+        "m1v8b16",
+        [140, 208],
+      ]] as const
+    ) {
       const of = await makeCase(gpu, shape, text);
       const [n, k] = shape;
       const rows = 37;
@@ -245,12 +270,13 @@ Deno.test("a row's bits do not depend on its company, its place, the batch or th
 
 Deno.test("straight kernels, as GPUs run them, give a row the same bits in every batch", () =>
   withGpu(async (gpu) => {
-    for (const text of ["m1v4g128", "m2v8g128"]) {
+    for (const text of ["m1v4g128", "m2v8g128", "m1v8b16"]) {
       const of = await makeCase(gpu, [260, 256], text);
       const [n, k] = of.shape;
       const rows = 5;
       const x = bitsOf(randomActivations(rows * k, 6));
-      for (const profile of ["codegemm", "dequantize"] as const) {
+      const wide = of.format!.b > 8;
+      for (const profile of wide ? ["dequantize"] as const : ["codegemm", "dequantize"] as const) {
         const run = (batches: Variant["batches"]) =>
           runLinear(gpu, {
             matrix: of.matrix,
@@ -401,7 +427,7 @@ Deno.test("every kernel that a GPU would run compiles at default limits", () =>
   withGpu(async (gpu) => {
     const variant = defaultVariant(false);
     const profiles = ["codegemm", "dequantize"] as const;
-    for (const text of ["dense", "m1v4g128", "m2v8g128", "m8v8g128"]) {
+    for (const text of ["dense", "m1v4g128", "m2v8g128", "m8v8g128", "m1v8b16"]) {
       const shape: MatrixShape = [1025, 1024];
       const of = await makeCase(gpu, shape, text);
       const buffers = [2048, 4100, linearScratchBytes(shape, of.format, 1)]

@@ -4,14 +4,14 @@
  *
  * @module
  */
-import { toFloat16 } from "../../shared/checkpoint/mod.ts";
+import { checkFormat, toFloat16 } from "../../shared/checkpoint/mod.ts";
 import { FleetError, invariant } from "../../shared/errors.ts";
 import type { CodeGemmFormat, DType, TensorInfo, TensorSource } from "../../shared/model_config.ts";
-import { DTYPE_BYTES } from "../../shared/model_config.ts";
+import { codesPerWord, DTYPE_BYTES, matrixFormat } from "../../shared/model_config.ts";
 import type { Gpu } from "../gpu.ts";
 import { denseStoredK, tileDenseRows, tileLines } from "./layout.ts";
 import type { Tuning } from "./order.ts";
-import { canStack, checkFormat, codeOrder, DEFAULT_TUNING, denseOrder, roundUp } from "./order.ts";
+import { canStack, codeOrder, DEFAULT_TUNING, denseOrder, roundUp } from "./order.ts";
 import type { Matrix, MatrixBlock, MatrixShape } from "./types.ts";
 
 /** Bytes of a checkpoint held at a time. */
@@ -132,21 +132,16 @@ export async function loadStack(
   format: CodeGemmFormat,
   options: LoadOptions = {},
 ): Promise<Matrix> {
-  const sources = members.map((member) => {
-    const shape = [member.n, k] as const;
-    checkFormat(member.name, shape, format);
-    const { m, v, g } = format;
-    const of = member.name;
-    return {
-      n: member.n,
-      codes: expectTensor(tensors, `${of}.codes`, ["I32"], [m, k / (4 * v), member.n]),
-      books: expectTensor(tensors, `${of}.codebooks`, ["F16"], [m, 256, v]),
-      scales: expectTensor(tensors, `${of}.scales`, ["F16"], [k / g, member.n]),
-    };
-  });
-  const { m, v, g } = format;
-  const words = k / (4 * v);
+  for (const member of members) checkFormat(format, member.name, [member.n, k]);
+  const { m, v, g, b } = matrixFormat(format, k);
+  const words = k / (codesPerWord(format) * v);
   const groups = k / g;
+  const sources = members.map(({ name: of, n }) => ({
+    n,
+    codes: expectTensor(tensors, `${of}.codes`, ["I32"], [m, words, n]),
+    books: expectTensor(tensors, `${of}.codebooks`, ["F16"], [m, 2 ** b, v]),
+    scales: expectTensor(tensors, `${of}.scales`, ["F16"], [groups, n]),
+  }));
   const matrix = await allocateCodes(gpu, name, members.map(({ n }) => n), k, format, options);
   const { blocks, order: { rowBlock } } = matrix;
   await orDestroy(matrix, async () => {
@@ -195,10 +190,11 @@ export async function allocateCodes(
   format: CodeGemmFormat,
   options: LoadOptions = {},
 ): Promise<Matrix> {
-  const { m, v, g } = format;
+  const ofMatrix = matrixFormat(format, k);
+  const { m, v, g, b } = ofMatrix;
   const n = members.reduce((sum, rows) => sum + rows, 0);
   const order = codeOrder([n, k], format, options.tuning ?? DEFAULT_TUNING, members);
-  const weightBytes = order.rowBlock * (k / (4 * v)) * m * 4;
+  const weightBytes = order.rowBlock * (k / (codesPerWord(format) * v)) * m * 4;
   const scaleBytes = order.rowBlock * (k / g) * 2;
   const blocks = await allocateBlocks(
     gpu,
@@ -209,9 +205,9 @@ export async function allocateCodes(
     scaleBytes,
     options,
   );
-  const bookBytes = members.length * m * 256 * v * 2;
+  const bookBytes = members.length * m * 2 ** b * v * 2;
   const codebooks = await gpu.allocate(name, () => gpu.storage(`${name}.codebooks`, bookBytes));
-  return makeMatrix(name, [n, k], format, order, blocks, codebooks, members);
+  return makeMatrix(name, [n, k], ofMatrix, order, blocks, codebooks, members);
 }
 
 /** Rows of N `[start, start + n)` of a matrix's blocks; `start` begins a row block. */
@@ -417,5 +413,7 @@ export function matrixBytes(
     return roundUp(n, denseOrder(shape, tuning).rowBlock) * denseStoredK(k) * 2;
   }
   const rows = roundUp(n, codeOrder(shape, format, tuning).rowBlock);
-  return rows * (k / format.v * format.m + k / format.g * 2) + format.m * 256 * format.v * 2;
+  const { m, v, g, b } = matrixFormat(format, k);
+  const rowBytes = k / v / codesPerWord(format) * m * 4 + k / g * 2;
+  return rows * rowBytes + m * 2 ** b * v * 2;
 }

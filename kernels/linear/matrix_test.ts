@@ -1,7 +1,7 @@
 import { assert, assertEquals, assertRejects } from "@std/assert";
 import { FleetError } from "../../shared/errors.ts";
 import type { CodeGemmFormat, DType, TensorSource } from "../../shared/model_config.ts";
-import { DTYPE_BYTES } from "../../shared/model_config.ts";
+import { DTYPE_BYTES, ROW_SCALE } from "../../shared/model_config.ts";
 import { Gpu } from "../gpu.ts";
 import { loadMatrix, matrixBytes } from "./matrix.ts";
 import { randomTensors } from "./random_tensors.ts";
@@ -99,7 +99,14 @@ Deno.test("a matrix that a quantized checkpoint left dense is dense", () =>
 
 Deno.test("matrixBytes() foretells what a matrix takes on the GPU", () =>
   withGpu(async (gpu) => {
-    for (const format of [null, FORMAT, { m: 2, v: 8, g: 64, b: 8 }]) {
+    for (
+      const format of [
+        null,
+        FORMAT,
+        { m: 2, v: 8, g: 64, b: 8 },
+        { m: 1, v: 8, g: ROW_SCALE, b: 16 },
+      ]
+    ) {
       const shape = [300, 320] as const;
       const matrix = await loadMatrix(
         gpu,
@@ -161,10 +168,10 @@ Deno.test("loadMatrix() refuses tensors that are missing or do not match the con
     await refuses((stored) => stored["w.codes"].dtype = "I8", "w.codes");
     await refuses((stored) => stored["w.codebooks"].dtype = "F32", "w.codebooks");
     await refuses(nothing, "w.codes", { ...FORMAT, m: 2 });
-    await refuses(nothing, "8-bit", { ...FORMAT, b: 4 });
-    await refuses(nothing, "must divide K", { ...FORMAT, v: 32, g: 32 });
-    await refuses(nothing, "must divide the scale group", { ...FORMAT, g: 30 });
-    await refuses(nothing, "must divide K", { ...FORMAT, g: 128 });
+    await refuses(nothing, "codes of 4 bits", { ...FORMAT, b: 4 });
+    await refuses(nothing, "no multiple of 4 v = 128", { ...FORMAT, v: 32, g: 32 });
+    await refuses(nothing, "no multiple of v = 4", { ...FORMAT, g: 30 });
+    await refuses(nothing, "no multiple of g = 128", { ...FORMAT, g: 128 });
     await refuses(nothing, "positive integer", { ...FORMAT, v: 0 });
     await assertRejects(
       () => loadMatrix(gpu, good, "other", shape, FORMAT),

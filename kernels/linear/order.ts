@@ -6,8 +6,8 @@
  *
  * @module
  */
-import { FleetError, invariant } from "../../shared/errors.ts";
-import type { CodeGemmFormat } from "../../shared/model_config.ts";
+import { invariant } from "../../shared/errors.ts";
+import { type CodeGemmFormat, codesPerWord, matrixFormat } from "../../shared/model_config.ts";
 import type { MatrixShape } from "./types.ts";
 
 /** Consecutive K that may be summed in float16 (DESIGN). */
@@ -68,7 +68,7 @@ export interface SplitOrder {
 /** The order of a CodeGEMM matrix; a position is `v` consecutive weights. */
 export interface CodeOrder extends SplitOrder {
   kind: "code";
-  /** Positions of a unit; a multiple of 4, so whole code words. */
+  /** Positions of a unit: whole code words. */
   unitPositions: number;
   /** Positions summed in float16 before they are scaled and added in float32. */
   groupPositions: number;
@@ -79,30 +79,6 @@ export interface CodeOrder extends SplitOrder {
 /** The order of a dense matrix; a unit is {@linkcode DENSE_TILE_K} of K. */
 export interface DenseOrder extends SplitOrder {
   kind: "dense";
-}
-
-/**
- * Checks that a matrix can be in this format.
- *
- * @throws FleetError `bad-checkpoint` naming the matrix
- */
-export function checkFormat(name: string, [n, k]: MatrixShape, format: CodeGemmFormat): void {
-  const { m, v, g, b } = format;
-  const refuse = (reason: string): never => {
-    throw new FleetError(
-      "bad-checkpoint",
-      `${name} (${n} x ${k}) cannot be CodeGEMM m${m}v${v}g${g} with ${b}-bit codes: ${reason}`,
-    );
-  };
-  for (const [what, value] of Object.entries({ m, v, g, n, k })) {
-    if (!Number.isSafeInteger(value) || value < 1) refuse(`${what} must be a positive integer`);
-  }
-  if (b !== 8) refuse("only 8-bit codes are supported");
-  if (k % (4 * v) !== 0) refuse(`a word holds 4 codes of ${v} weights, and ${4 * v} must divide K`);
-  if (g % v !== 0) refuse(`${v} must divide the scale group of ${g}`);
-  if (k % g !== 0) refuse(`the scale group of ${g} must divide K`);
-  if (v > 64) refuse("vectors longer than 64 are not supported");
-  if (m > 16) refuse("more than 16 codebooks are not supported");
 }
 
 /** Whether these matrices of N rows each can stand in one stack: row blocks must not straddle two. */
@@ -121,16 +97,18 @@ export function codeOrder(
   tuning: Tuning = DEFAULT_TUNING,
   members: readonly number[] = [n],
 ): CodeOrder {
-  const positions = k / format.v;
-  const scalePositions = format.g / format.v;
+  const { v, g } = matrixFormat(format, k);
+  const positions = k / v;
+  const scalePositions = g / v;
+  const perWord = codesPerWord(format);
   const unitPositions = largestDivisor(
     positions,
-    Math.max(4, Math.floor(tuning.unitK / format.v)),
-    4,
+    Math.max(perWord, Math.floor(tuning.unitK / v)),
+    perWord,
   );
   const groupPositions = largestDivisor(
     gcd(unitPositions, scalePositions),
-    Math.max(1, Math.floor(FLOAT16_SUM_K / format.v)),
+    Math.max(1, Math.floor(FLOAT16_SUM_K / v)),
     1,
   );
   const wide = n >= tuning.wideN;

@@ -8,8 +8,16 @@
  *
  * @module
  */
-import type { CodeGemmFormat } from "../../shared/model_config.ts";
+import { type CodeGemmFormat, codesPerWord } from "../../shared/model_config.ts";
 import type { LinearStore } from "../kernel.ts";
+import {
+  centroidCount,
+  codeInWord,
+  codeWidth,
+  OCTET,
+  OCTET_WEIGHTS,
+  octetQuad,
+} from "./code_words_wgsl.ts";
 import type { CodeOrder } from "./order.ts";
 import { DENSE_K_ALIGN, DENSE_OCTET, DENSE_ROW_BLOCK, gcd } from "./order.ts";
 import { HEADER_WGSL, putWgsl, spread, times } from "./wgsl.ts";
@@ -51,10 +59,11 @@ export function prefillBytes({ tile, code }: Pick<PrefillKernel, "tile" | "code"
 export function tileK(code: Pick<NonNullable<PrefillKernel["code"]>, "format"> | null): number {
   if (code === null) return DENSE_K_ALIGN;
   const { v } = code.format;
-  return v > LONG_VECTOR ? v : Math.max(1, Math.floor(32 / (4 * v))) * 4 * v;
+  const wordK = codesPerWord(code.format) * v;
+  return v > LONG_VECTOR ? v : Math.max(1, Math.floor(32 / wordK)) * wordK;
 }
 
-/** Above it, the four vectors of a code word are too much for a tile. */
+/** Above it, the vectors of a code word are too much for a tile. */
 const LONG_VECTOR = 8;
 
 /** The kernel's code; dispatched over (tiles of N, tiles of rows). */
@@ -287,26 +296,32 @@ function denseTile(tile: PrefillTile, threads: number, unroll: boolean): TileSou
 
 function codeTile(
   kernel: PrefillKernel,
-  { format: { m, v }, order }: { format: CodeGemmFormat; order: CodeOrder },
+  { format, order }: { format: CodeGemmFormat; order: CodeOrder },
   threads: number,
   depth: number,
 ): TileSource {
   const { tile, unroll } = kernel;
+  const { m, v } = format;
+  const perWord = codesPerWord(format);
+  const entries = centroidCount(format);
   // A tile holds whole words, or one position of a word.
-  const positions = depth >= 4 * v ? 4 : 1;
+  const positions = depth >= perWord * v ? perWord : 1;
   // Positions of a word that have one scale.
   const shared = gcd(positions, order.scalePositions);
   const items = depth / (positions * v);
   const quads = Math.ceil(positions * v / 4);
   const vectors = v % 4 === 0;
   // The codebooks stand in workgroup memory where there is room.
-  const local = prefillBytes(kernel) + m * 256 * v * 2 <= kernel.workgroupBytes;
+  const local = prefillBytes(kernel) + m * entries * v * 2 <= kernel.workgroupBytes;
+  const octets = !local && v % OCTET_WEIGHTS === 0;
   const table = local ? "table" : "codebooks";
-  const type = vectors ? "vec4<f16>" : "f16";
-  const tableSize = m * 256 * (vectors ? v / 4 : v);
+  const type = octets ? OCTET : vectors ? "vec4<f16>" : "f16";
+  const tableSize = m * entries * (vectors ? v / 4 : v);
   const code = (k: number, position: number) => {
-    const shift = positions === 4 ? `${8 * position}u` : `shift`;
-    return `(${local ? "" : `book * ${m * 256}u + `}${k * 256}u + ((word${k} >> ${shift}) & 255u))`;
+    const value = positions === perWord
+      ? codeInWord(format, `word${k}`, position)
+      : `((word${k} >> shift) & ${entries - 1}u)`;
+    return `(${local ? "" : `book * ${m * entries}u + `}${k * entries}u + ${value})`;
   };
   const sum = (load: (k: number) => string) =>
     `(${Array.from({ length: m }, (_, k) => load(k)).join(" + ")})`;
@@ -318,6 +333,9 @@ function codeTile(
   };
   const quadValue = (quad: number) => {
     const position = Math.floor(quad * 4 / v);
+    if (octets) {
+      return `scale${position} * ` + sum((k) => octetQuad(`octet${k}_${quad >> 1}`, quad & 1));
+    }
     return vectors
       ? `scale${position} * ` +
         sum((k) => `vec4<f32>(${table}[${code(k, position)} * ${v / 4}u + ${(quad * 4 % v) / 4}u])`)
@@ -330,7 +348,7 @@ function codeTile(
 ${local ? `var<workgroup> table: array<${type}, ${tableSize}>;` : ""}`,
     prologue: `let book = book_of(column0 / ${order.rowBlock}u);
 ${local ? spread(tableSize, threads, false, `table[i] = codebooks[book * ${tableSize}u + i];`) : ""}
-  let word_count = params.k / ${4 * v}u;
+  let word_count = params.k / ${perWord * v}u;
   let row_block = column0 / ${order.rowBlock}u;
   let in_block = column0 % ${order.rowBlock}u;
   let scale_block = row_block * (params.k / ${v * order.scalePositions}u);`,
@@ -341,10 +359,10 @@ ${local ? spread(tableSize, threads, false, `table[i] = codebooks[book * ${table
       `let column = i % ${tile.columns}u;
       let item = i / ${tile.columns}u;
       let position = k0 / ${v}u + item * ${positions}u;
-      let at = position / 4u;
+      let at = position / ${perWord}u;
       let to = item * ${quads * tile.columns}u + column;
       if (at < word_count) {
-        let shift = 8u * (position & 3u);
+        let shift = ${codeWidth(format)}u * (position % ${perWord}u);
 ${
         times(m, (k) =>
           `        let word${k} = codes[((row_block * word_count + at) * ${m}u + ${k}u) * ${order.rowBlock}u + in_block + column];`)
@@ -354,6 +372,16 @@ ${
           p % shared === 0
             ? `        let scale${p} = f32(scales[(scale_block + (position + ${p}u) / ${order.scalePositions}u) * ${order.rowBlock}u + in_block + column]);`
             : `        let scale${p} = scale${p - p % shared};`)
+      }
+${
+        times(octets ? quads / 2 : 0, (o) =>
+          times(m, (k) => {
+            const at = o * OCTET_WEIGHTS;
+            const centroid = code(k, Math.floor(at / v));
+            return `        let octet${k}_${o} = codebooks[${centroid} * ${v / OCTET_WEIGHTS}u + ${
+              at % v / OCTET_WEIGHTS
+            }u];`;
+          }))
       }
 ${
         times(quads, (quad) =>

@@ -6,7 +6,7 @@
  */
 import { FleetError, invariant } from "../../shared/errors.ts";
 import type { CodeGemmFormat, DType, TensorInfo, TensorSource } from "../../shared/model_config.ts";
-import { DTYPE_BYTES } from "../../shared/model_config.ts";
+import { codesPerWord, DTYPE_BYTES, matrixFormat } from "../../shared/model_config.ts";
 import { gaussian, seededRandom } from "../../shared/random.ts";
 import type { MatrixShape } from "./types.ts";
 
@@ -24,11 +24,9 @@ export function randomTensors(
   seed: number,
 ): TensorSource {
   const unit = 1 / Math.sqrt(k);
-  const tensors = format === null ? [weights(`${name}.weight`, [n, k], seed, unit)] : [
-    codes(`${name}.codes`, [format.m, k / (4 * format.v), n], seed),
-    weights(`${name}.codebooks`, [format.m, 256, format.v], seed + 1, 1 / Math.sqrt(format.m)),
-    scales(`${name}.scales`, [k / format.g, n], seed + 2, unit),
-  ];
+  const tensors = format === null
+    ? [weights(`${name}.weight`, [n, k], seed, unit)]
+    : codeTensors(name, [n, k], matrixFormat(format, k), seed, unit);
   const byName = new Map(tensors.map((tensor) => [tensor.info.name, tensor]));
   const find = (tensor: string) => {
     const found = byName.get(tensor);
@@ -43,6 +41,21 @@ export function randomTensors(
   };
 }
 
+function codeTensors(
+  name: string,
+  [n, k]: MatrixShape,
+  format: CodeGemmFormat,
+  seed: number,
+  unit: number,
+): RandomTensor[] {
+  const { m, v, g, b } = format;
+  return [
+    codes(`${name}.codes`, [m, k / v / codesPerWord(format), n], seed),
+    weights(`${name}.codebooks`, [m, 2 ** b, v], seed + 1, 1 / Math.sqrt(m)),
+    scales(`${name}.scales`, [k / g, n], seed + 2, unit),
+  ];
+}
+
 interface RandomTensor {
   info: TensorInfo;
   read(offset: number, length: number): Uint8Array<ArrayBuffer>;
@@ -52,7 +65,7 @@ function describe(name: string, dtype: DType, shape: number[]): TensorInfo {
   return { name, dtype, shape, bytes: shape.reduce((a, b) => a * b, DTYPE_BYTES[dtype]) };
 }
 
-/** Four random codes a word. */
+/** Words of random codes. */
 function codes(name: string, shape: number[], seed: number): RandomTensor {
   return {
     info: describe(name, "I32", shape),

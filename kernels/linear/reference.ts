@@ -4,7 +4,12 @@
  *
  * @module
  */
-import type { CodeGemmFormat, TensorSource } from "../../shared/model_config.ts";
+import {
+  type CodeGemmFormat,
+  codesPerWord,
+  matrixFormat,
+  type TensorSource,
+} from "../../shared/model_config.ts";
 import type { CodeOrder, DenseOrder, SplitOrder } from "./order.ts";
 import type { MatrixShape } from "./types.ts";
 
@@ -12,9 +17,9 @@ import type { MatrixShape } from "./types.ts";
 export interface CodeTensors {
   shape: MatrixShape;
   format: CodeGemmFormat;
-  /** `(m, K/v/4, N)`, four codes a word */
+  /** `(m, K/v/4, N)`, four codes a word; `(m, K/v/2, N)` and two above 8 bits */
   codes: Uint32Array;
-  /** `(m, 256, v)` */
+  /** `(m, 2^b, v)` */
   codebooks: Float16Array;
   /** `(K/g, N)` */
   scales: Float16Array;
@@ -31,7 +36,7 @@ export async function readCodeTensors(
     (await tensors.read(tensor, 0, tensors.info(tensor).bytes)).slice().buffer;
   return {
     shape,
-    format,
+    format: matrixFormat(format, shape[1]),
     codes: new Uint32Array(await read(`${name}.codes`)),
     codebooks: new Float16Array(await read(`${name}.codebooks`)),
     scales: new Float16Array(await read(`${name}.scales`)),
@@ -40,19 +45,21 @@ export async function readCodeTensors(
 
 /** The code of codebook `c` at vector position `i` of row `n`. */
 function codeAt({ codes, shape, format }: CodeTensors, c: number, i: number, n: number): number {
-  const word = codes[(c * (shape[1] / format.v / 4) + (i >> 2)) * shape[0] + n];
-  return (word >>> (8 * (i & 3))) & 255;
+  const perWord = codesPerWord(format);
+  const line = c * (shape[1] / format.v / perWord) + Math.floor(i / perWord);
+  const word = codes[line * shape[0] + n];
+  return (word >>> (32 / perWord * (i % perWord))) & (2 ** format.b - 1);
 }
 
 /** `W[n, iv + e] = scale[n, iv/g] * sum_c codebook[c, code[c, i, n], e]`, row-major `(N, K)`. */
 export function dequantize(matrix: CodeTensors): Float64Array {
-  const { shape: [n, k], format: { m, v, g }, codebooks, scales } = matrix;
+  const { shape: [n, k], format: { m, v, g, b }, codebooks, scales } = matrix;
   const out = new Float64Array(n * k);
   for (let row = 0; row < n; row++) {
     for (let i = 0; i < k / v; i++) {
       const scale = scales[Math.floor(i * v / g) * n + row];
       for (let c = 0; c < m; c++) {
-        const centroid = (c * 256 + codeAt(matrix, c, i, row)) * v;
+        const centroid = (c * 2 ** b + codeAt(matrix, c, i, row)) * v;
         for (let e = 0; e < v; e++) out[row * k + i * v + e] += scale * codebooks[centroid + e];
       }
     }
@@ -122,7 +129,7 @@ export function dequantizeProduct(
   order: CodeOrder,
   x: ArrayLike<number>,
 ): Float32Array<ArrayBuffer> {
-  const { shape: [n], format: { m, v }, codebooks } = matrix;
+  const { shape: [n], format: { m, v, b }, codebooks } = matrix;
   return sumGroups(matrix, order, n, (row, from) => {
     const sums: number[] = [];
     let pair = [0, 0];
@@ -134,7 +141,7 @@ export function dequantizeProduct(
         }
         let weight = 0;
         for (let c = 0; c < m; c++) {
-          weight = f16(weight + codebooks[(c * 256 + codeAt(matrix, c, i, row)) * v + e]);
+          weight = f16(weight + codebooks[(c * 2 ** b + codeAt(matrix, c, i, row)) * v + e]);
         }
         const chain = ((i - from) * v + e) % 2;
         pair[chain] = fma16(x[i * v + e], weight, pair[chain]);

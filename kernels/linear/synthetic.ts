@@ -4,7 +4,6 @@
  * @module
  */
 import type { CodeGemmFormat } from "../../shared/model_config.ts";
-import { gaussian, seededRandom } from "../../shared/random.ts";
 import type { Gpu } from "../gpu.ts";
 import { allocateCodes, allocateDense, type LoadOptions } from "./matrix.ts";
 import type { Matrix } from "./types.ts";
@@ -65,13 +64,8 @@ export async function syntheticCodes(
     await fillRandom(gpu, block.weights, ANY, seed + i);
     await fillRandom(gpu, block.scales!, scale, seed + i + 1);
   }
-  const random = seededRandom(seed);
-  const deviation = 1 / Math.sqrt(format.m);
-  const centroids = Float16Array.from(
-    { length: matrix.codebooks!.size / 2 },
-    () => gaussian(random) * deviation,
-  );
-  gpu.write(matrix.codebooks!, 0, new Uint16Array(centroids.buffer));
+  const centroid = float16Pattern(1 / Math.sqrt(format.m), true);
+  await fillRandom(gpu, matrix.codebooks!, centroid, seed);
   return matrix;
 }
 

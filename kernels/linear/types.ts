@@ -29,14 +29,14 @@ export interface Matrix {
   readonly name: string;
   readonly n: number;
   readonly k: number;
-  /** Null for dense float16. */
+  /** Null for dense float16; `g` is that of this matrix, whatever the checkpoint calls it. */
   readonly format: CodeGemmFormat | null;
   /** How sums over K are ordered; follows from shape and format. */
   readonly order: CodeOrder | DenseOrder;
   readonly blocks: readonly MatrixBlock[];
   /** The matrices that this one is stacked from along N; one where it is not a stack. */
   readonly members: readonly { start: number; n: number }[];
-  /** CodeGEMM only: `(members, m, 256, v)` float16. */
+  /** CodeGEMM only: `(members, m, 2^b, v)` float16. */
   readonly codebooks: GPUBuffer | null;
   /** Bytes of GPU memory, padding included. */
   readonly bytes: number;

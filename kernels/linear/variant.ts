@@ -3,6 +3,7 @@
  *
  * @module
  */
+import type { CodeGemmFormat } from "../../shared/model_config.ts";
 import type { NumericsProfile } from "../../shared/protocol.ts";
 import { type CodeOrder, largestDivisor } from "./order.ts";
 import type { PrefillTile } from "./prefill_wgsl.ts";
@@ -52,6 +53,17 @@ export function defaultVariant(software: boolean): Variant {
         { rows: 64, columns: 128, patchRows: 8, patchColumns: 8 },
       ],
   };
+}
+
+/**
+ * The kernel family of a matrix's decode rows. Codes of more than 8 bits always dequantize: they have
+ * more centroids than there are rows of N to use their Psumbooks, and none fits workgroup memory.
+ */
+export function decodeFamily(
+  format: CodeGemmFormat,
+  profile: Pick<NumericsProfile, "decode">,
+): NumericsProfile["decode"] {
+  return format.b > 8 ? "dequantize" : profile.decode;
 }
 
 /** Rows of a step from which on a CodeGEMM Psumbook takes more registers than it saves work. */

@@ -7,6 +7,7 @@
 import { z } from "zod";
 import { FleetError } from "../errors.ts";
 import type { CodeGemmFormat, Llama3RopeScaling, ModelConfig } from "../model_config.ts";
+import { ROW_SCALE } from "../model_config.ts";
 import { parseJsonObject } from "./source.ts";
 
 const size = z.number().int().min(1).max(2 ** 31 - 1);
@@ -33,7 +34,9 @@ const Llama3Rope = z.object({
 
 /** The section that marks a CodeGEMM checkpoint. */
 const CodeGemmSection = z.object({
-  group_size: size,
+  group_size: z.number().int().max(2 ** 31 - 1).refine((g) => g >= 1 || g === ROW_SCALE, {
+    message: `must be positive, or ${ROW_SCALE} for one scale per row`,
+  }),
   vec_len: size,
   num_codebooks: size,
   nbits_per_codebook: size,
@@ -106,8 +109,12 @@ export function parseModelConfig(jsonText: string, generationJsonText?: string):
   if (json.quantization_config) {
     const method = (json.quantization_config as Record<string, unknown>).quant_method;
     throw bad(
-      `quantization_config (${JSON.stringify(method ?? "?")}) is not supported; take the float ` +
-        "checkpoint, or one in CodeGEMM format",
+      method === "aqlm"
+        ? "this is an AQLM checkpoint; deno task convert --in DIR --out DIR turns it into one to run"
+        : `quantization_config (${
+          JSON.stringify(method ?? "?")
+        }) is not supported; take the float ` +
+          "checkpoint, or one in CodeGEMM format",
     );
   }
   const config = parse("config.json", Config, json);

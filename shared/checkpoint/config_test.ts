@@ -93,6 +93,8 @@ Deno.test("a codegemm section becomes a format", () => {
     arch_config: { model_name: "model" },
   };
   assertEquals(parse({ codegemm }).codegemm, { m: 1, v: 4, g: 128, b: 8 });
+  const wide = { group_size: -1, vec_len: 8, num_codebooks: 1, nbits_per_codebook: 16 };
+  assertEquals(parse({ codegemm: wide }).codegemm, { m: 1, v: 8, g: -1, b: 16 });
 });
 
 Deno.test("what the code cannot run is refused by name", () => {
@@ -111,6 +113,7 @@ Deno.test("what the code cannot run is refused by name", () => {
       "larger",
     ],
     [{ quantization_config: { quant_method: "gptq" } }, "quantization_config", "gptq"],
+    [{ quantization_config: { quant_method: "aqlm" } }, "AQLM", "deno task convert"],
     [{ sliding_window: 4096 }, "sliding_window"],
     [{ num_key_value_heads: 3 }, "num_attention_heads (4)", "num_key_value_heads (3)"],
     [{ hidden_size: 34 }, "hidden_size (34)"],
@@ -125,8 +128,9 @@ Deno.test("what the code cannot run is refused by name", () => {
     [{ bos_token_id: -1 }, "bos_token_id"],
     [{ codegemm: { group_size: 128 } }, "codegemm"],
     [
-      { codegemm: { group_size: -1, vec_len: 4, num_codebooks: 1, nbits_per_codebook: 8 } },
-      "group",
+      { codegemm: { group_size: -2, vec_len: 4, num_codebooks: 1, nbits_per_codebook: 8 } },
+      "group_size",
+      "-1 for one scale per row",
     ],
   ];
   for (const [changes, ...words] of refusals) {

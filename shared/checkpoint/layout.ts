@@ -8,16 +8,23 @@
  * | `NAME.codebooks` | F16 | `(m, 2^b, v)` | centroids, one set per matrix |
  * | `NAME.scales` | F16 | `(K/g, N)` | one scale per g consecutive weights of a row |
  *
+ * Two things go beyond what is published, for what AQLM has (arXiv 2401.06118): codes of 9 to 16 bits
+ * stand two to a word, the lower half first, in `(m, K/v/2, N)`; and `group_size` -1 is one scale per
+ * row, `(1, N)`.
+ *
  * @module
  */
 import { FleetError } from "../errors.ts";
 import {
   type CodeGemmFormat,
+  codesPerWord,
   type DType,
   LINEAR_NAMES,
   linearShape,
+  matrixFormat,
   type ModelConfig,
   type PartName,
+  ROW_SCALE,
 } from "../model_config.ts";
 
 /** A tensor the model needs. */
@@ -31,12 +38,38 @@ const FLOAT: readonly DType[] = ["F16", "BF16", "F32"];
 const F16: readonly DType[] = ["F16"];
 const I32: readonly DType[] = ["I32"];
 
+/** Beyond these the kernels' code grows too long. */
+const MAX_CODEBOOKS = 16;
+const MAX_VECTOR = 64;
+
 /** The three tensors of a matrix in CodeGEMM format. */
 export const CODEGEMM_TENSORS = ["codes", "codebooks", "scales"] as const;
 
-/** `m1v4g128` and the like. */
-export function formatName(format: CodeGemmFormat): string {
-  return `m${format.m}v${format.v}g${format.g}${format.b === 8 ? "" : `b${format.b}`}`;
+/** `m1v4g128` and the like; `m1v8b16` has one scale per row and codes of 16 bits. */
+export function formatName({ m, v, g, b }: CodeGemmFormat): string {
+  return `m${m}v${v}${g === ROW_SCALE ? "" : `g${g}`}${b === 8 ? "" : `b${b}`}`;
+}
+
+/**
+ * The format of a name: `mXvYgZbW`, where no `g` is one scale per row and no `b` is 8 bits a code.
+ *
+ * @returns null when it is no such name
+ *
+ * @example
+ * ```ts
+ * import { formatName, parseFormatName } from "./layout.ts";
+ * import { assertEquals } from "@std/assert";
+ *
+ * assertEquals(parseFormatName("m1v4g128"), { m: 1, v: 4, g: 128, b: 8 });
+ * assertEquals(parseFormatName("m1v8b16"), { m: 1, v: 8, g: -1, b: 16 });
+ * assertEquals(parseFormatName("int4"), null);
+ * ```
+ */
+export function parseFormatName(name: string): CodeGemmFormat | null {
+  const match = /^m([1-9]\d{0,3})v([1-9]\d{0,5})(?:g([1-9]\d{0,5}))?(?:b([1-9]\d?))?$/.exec(name);
+  if (!match) return null;
+  const [, m, v, g = ROW_SCALE, b = 8] = match;
+  return { m: Number(m), v: Number(v), g: Number(g), b: Number(b) };
 }
 
 /**
@@ -49,13 +82,22 @@ export function formatName(format: CodeGemmFormat): string {
 export function checkFormat(
   format: CodeGemmFormat,
   matrix: string,
-  [n, k]: [n: number, k: number],
+  [n, k]: readonly [n: number, k: number],
 ): void {
-  const { v, g, b } = format;
-  const why = b !== 8
-    ? `codes of ${b} bits are not supported, only of 8`
-    : k % (4 * v) !== 0
-    ? `K is no multiple of 4 v = ${4 * v}`
+  const { m, v, g, b } = matrixFormat(format, k);
+  const perWord = codesPerWord(format);
+  const odd = Object.entries({ m, v, g, b, N: n, K: k })
+    .find(([, value]) => !Number.isSafeInteger(value) || value < 1);
+  const why = odd
+    ? `${odd[0]} must be a positive integer`
+    : b < 8 || b > 16
+    ? `codes of ${b} bits are not supported, only of 8 to 16`
+    : m > MAX_CODEBOOKS
+    ? `more than ${MAX_CODEBOOKS} codebooks are not supported`
+    : v > MAX_VECTOR
+    ? `vectors of more than ${MAX_VECTOR} weights are not supported`
+    : k % (perWord * v) !== 0
+    ? `K is no multiple of ${perWord} v = ${perWord * v}`
     : g % v !== 0
     ? `g = ${g} is no multiple of v = ${v}`
     : k % g !== 0
@@ -73,11 +115,11 @@ export function checkFormat(
 export function codegemmTensors(
   format: CodeGemmFormat,
   matrix: string,
-  [n, k]: [n: number, k: number],
+  [n, k]: readonly [n: number, k: number],
 ): WantedTensor[] {
-  const { m, v, g, b } = format;
+  const { m, v, g, b } = matrixFormat(format, k);
   return [
-    { name: `${matrix}.codes`, dtypes: I32, shape: [m, k / v / 4, n] },
+    { name: `${matrix}.codes`, dtypes: I32, shape: [m, k / v / codesPerWord(format), n] },
     { name: `${matrix}.codebooks`, dtypes: F16, shape: [m, 2 ** b, v] },
     { name: `${matrix}.scales`, dtypes: F16, shape: [k / g, n] },
   ];

@@ -11,6 +11,7 @@ export {
   CODEGEMM_TENSORS,
   codegemmTensors,
   formatName,
+  parseFormatName,
   partTensors,
   type WantedTensor,
   wantedTensors,

@@ -219,7 +219,11 @@ Deno.test("a format that does not suit a matrix names the matrix and the rule", 
   const format = (changes: Record<string, number>) =>
     checkpointFiles({ ...TINY_CONFIG, codegemm: { ...CODEGEMM, ...changes } }, tensors);
   const first = "model.layers.0.self_attn.q_proj";
-  await refused(format({ nbits_per_codebook: 16 }), first, "16 bits");
+  await refused(format({ nbits_per_codebook: 17 }), first, "17 bits");
+  await refused(format({ nbits_per_codebook: 7 }), first, "7 bits");
+  await refused(format({ vec_len: 32, nbits_per_codebook: 12 }), first, "2 v = 64");
+  await refused(format({ num_codebooks: 17 }), first, "16 codebooks");
+  await refused(format({ group_size: -1 }), `${first}.scales`, "2 x 32", "1 x 32");
   await refused(format({ vec_len: 16 }), first, "4 v = 64");
   await refused(format({ group_size: 6 }), first, "g = 6");
   await refused(format({ group_size: 64 }), first, "g = 64");

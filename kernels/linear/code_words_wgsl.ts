@@ -1,0 +1,43 @@
+/**
+ * How kernels take codes from their words, and centroids from the storage buffer.
+ *
+ * @module
+ */
+import { type CodeGemmFormat, codesPerWord } from "../../shared/model_config.ts";
+
+/** Centroids of a codebook. */
+export function centroidCount({ b }: Pick<CodeGemmFormat, "b">): number {
+  return 2 ** b;
+}
+
+/** Bits that a code takes in its word. */
+export function codeWidth(format: Pick<CodeGemmFormat, "b">): 8 | 16 {
+  return codesPerWord(format) === 4 ? 8 : 16;
+}
+
+/**
+ * WGSL of the code at a place of a word. What a damaged checkpoint has above a code's bits is cut off,
+ * so that a centroid is always one of its codebook's.
+ *
+ * @param word WGSL of a u32
+ */
+export function codeInWord(format: CodeGemmFormat, word: string, place: number): string {
+  const shift = place * codeWidth(format);
+  const shifted = shift === 0 ? word : `(${word} >> ${shift}u)`;
+  return shift + format.b === 32 ? shifted : `(${shifted} & ${centroidCount(format) - 1}u)`;
+}
+
+/**
+ * The element of a codebook binding from which lanes gather at random: eight float16 a load, because
+ * such a gather costs by the load and not by its bytes.
+ */
+export const OCTET = "vec4<u32>";
+
+/** Weights of an {@linkcode OCTET}. */
+export const OCTET_WEIGHTS = 8;
+
+/** WGSL of four weights of an octet, `vec4<f32>`: exact, as every float16 is a float32. */
+export function octetQuad(octet: string, half: number): string {
+  const [first, second] = half === 0 ? "xy" : "zw";
+  return `vec4<f32>(unpack2x16float(${octet}.${first}), unpack2x16float(${octet}.${second}))`;
+}
