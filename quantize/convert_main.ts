@@ -13,7 +13,7 @@ if (import.meta.main) {
   await runCommand(async () => {
     const { values } = parseFlags({
       command: "convert",
-      summary: "Turns an AQLM checkpoint (codes of 8 bits) into one of CodeGEMM format, exactly.",
+      summary: "Turns an AQLM checkpoint (2x8, 1x16, ...) into one that the fleet runs, exactly.",
       flags: {
         in: { type: "path", required: true, help: "directory of the AQLM checkpoint" },
         out: { type: "path", required: true, help: "directory to make; empty or not there yet" },
@@ -29,7 +29,7 @@ if (import.meta.main) {
       directorySource(values.in),
       await directorySink(values.out),
       values["shard-size"],
-      (matrix) => console.error(matrix),
+      (matrix, done, total) => console.error(`${done}/${total} ${matrix}`),
     );
     await openCheckpoint(directorySource(values.out));
     console.error(`${values.out} is done, in ${formatName(format)}`);

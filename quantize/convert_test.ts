@@ -1,90 +1,135 @@
-import { assertEquals, assertRejects } from "@std/assert";
+import { assert, assertEquals, assertRejects } from "@std/assert";
+import { dequantize, readCodeTensors } from "../kernels/linear/reference.ts";
 import {
   checkpointFiles,
   randomTensors,
   tensorBytes,
   TINY_CONFIG,
 } from "../shared/checkpoint/fixture.ts";
-import { memorySource, openCheckpoint } from "../shared/checkpoint/mod.ts";
+import { memorySource, openCheckpoint, type TensorBytes } from "../shared/checkpoint/mod.ts";
 import { FleetError } from "../shared/errors.ts";
-import { LINEAR_NAMES } from "../shared/model_config.ts";
+import { LINEAR_NAMES, ROW_SCALE } from "../shared/model_config.ts";
 import { randomInt, seededRandom } from "../shared/random.ts";
 import { convertAqlm } from "./convert.ts";
-import { reconstruct } from "./matrix.ts";
 import { memoryWork } from "./work_files.ts";
 
-const AQLM = {
-  quant_method: "aqlm",
-  in_group_size: 4,
-  out_group_size: 1,
-  num_codebooks: 2,
-  nbits_per_codebook: 8,
-};
+type Files = Record<string, Uint8Array | string>;
+const MATRICES = 14;
 
-/** A tiny AQLM checkpoint, and the weights that its codes stand for. */
-function aqlmFiles(dtype: "I8" | "U8", section: Record<string, unknown> = AQLM) {
-  const random = seededRandom(2), weights = new Map<string, Float32Array>();
+/** An AQLM format: m codebooks of 2^b vectors of v weights. */
+interface Aqlm {
+  m: number;
+  v: number;
+  b: number;
+}
+
+/**
+ * A tiny AQLM checkpoint, and the weights that its codes stand for. Codes are written as the AQLM
+ * library packs them: those of half the codebook and more less `2^b`, into the next signed integer.
+ */
+function aqlmFiles(
+  { m, v, b }: Aqlm,
+  { unsigned = false, section = {}, change = (tensors: TensorBytes[]) => tensors } = {},
+): { files: Files; weights: Map<string, Float64Array> } {
+  const random = seededRandom(2), weights = new Map<string, Float64Array>();
   const tensors = randomTensors(TINY_CONFIG).flatMap((tensor) => {
     if (!LINEAR_NAMES.some((name) => tensor.name.endsWith(`${name}.weight`))) return [tensor];
     const matrix = tensor.name.replace(/\.weight$/, ""), [n, k] = tensor.shape;
-    const codes = Uint8Array.from({ length: n * k / 4 * 2 }, () => randomInt(random, 256));
+    const codes = Array.from({ length: n * k / v * m }, () => randomInt(random, 2 ** b));
+    const stored = codes.map((code) => code >= 2 ** (b - 1) ? code - 2 ** b : code);
     const halves = (count: number) =>
       Float16Array.from({ length: count }, () => randomInt(random, 64) / 16 - 2);
-    const books = halves(2 * 256 * 4), scales = halves(n);
+    const books = halves(m * 2 ** b * v), scales = halves(n);
     weights.set(
       matrix,
-      Float32Array.from({ length: n * k }, (_, at) => {
-        const vector = Math.floor(at / 4), d = at % 4;
-        // The bytes of negative codes are those of code + 256.
-        const sum = books[codes[vector * 2] * 4 + d] + books[(256 + codes[vector * 2 + 1]) * 4 + d];
+      Float64Array.from({ length: n * k }, (_, at) => {
+        const vector = Math.floor(at / v);
+        let sum = 0;
+        for (let j = 0; j < m; j++) {
+          sum += books[(j * 2 ** b + codes[vector * m + j]) * v + at % v];
+        }
         return sum * scales[Math.floor(at / k)];
       }),
     );
+    const dtype = b > 8 ? "I16" : "I8";
+    const packed = b > 8 ? Int16Array.from(stored) : Int8Array.from(stored);
     return [
-      tensorBytes(`${matrix}.codes`, dtype, [n, k / 4, 2], codes),
-      tensorBytes(`${matrix}.codebooks`, "F16", [2, 256, 1, 4], new Uint8Array(books.buffer)),
+      tensorBytes(`${matrix}.codes`, dtype, [n, k / v, m], new Uint8Array(packed.buffer)),
+      tensorBytes(`${matrix}.codebooks`, "F16", [m, 2 ** b, 1, v], new Uint8Array(books.buffer)),
       tensorBytes(`${matrix}.scales`, "F16", [n, 1, 1, 1], new Uint8Array(scales.buffer)),
     ];
   });
-  const files = checkpointFiles({ ...TINY_CONFIG, quantization_config: section }, tensors);
+  const quantization_config = {
+    quant_method: "aqlm",
+    in_group_size: v,
+    out_group_size: 1,
+    num_codebooks: m,
+    nbits_per_codebook: b,
+    linear_weights_not_to_quantize: ["lm_head.weight"],
+    ...section,
+  };
+  const files = checkpointFiles({ ...TINY_CONFIG, quantization_config }, change(tensors));
+  if (unsigned) toUnsigned(files["model.safetensors"] as Uint8Array);
   return { files: { ...files, "tokenizer.json": "{}" }, weights };
 }
 
-Deno.test("AQLM checkpoints become CodeGEMM ones of exactly the same weights, however codes are stored", async () => {
-  const results: Uint8Array[] = [];
-  for (const dtype of ["I8", "U8"] as const) {
-    const { files, weights } = aqlmFiles(dtype);
-    const out = new Map<string, Uint8Array<ArrayBuffer>>();
-    const format = await convertAqlm(memorySource(files), memoryWork(out), 2 ** 20);
-    assertEquals(format, { m: 2, v: 4, g: 16, b: 8 });
-    const result = await openCheckpoint(memorySource(Object.fromEntries(out)));
-    assertEquals([result.config.codegemm, result.tokenizerJson], [format, "{}"]);
-    assertEquals(weights.size, 14);
-    for (const [matrix, expected] of weights) {
-      const read = async (kind: string) => {
-        const { name, bytes } = result.info(`${matrix}.${kind}`);
-        return (await result.read(name, 0, bytes)).buffer;
-      };
-      const [groups, n] = result.info(`${matrix}.scales`).shape;
-      const decoded = reconstruct(
-        {
-          codes: new Uint32Array(await read("codes")),
-          codebooks: new Uint16Array(await read("codebooks")),
-          scales: new Uint16Array(await read("scales")),
-        },
-        format,
-        [n, groups * format.g],
-      );
-      assertEquals(decoded, expected);
+/** Calls integer tensors unsigned, in place: their bits are the same. */
+function toUnsigned(file: Uint8Array): void {
+  const header = file.subarray(8, 8 + new DataView(file.buffer).getUint32(0, true));
+  const text = new TextDecoder().decode(header).replaceAll(/"I(8|16)"/g, '"U$1"');
+  header.set(new TextEncoder().encode(text));
+}
+
+async function convert(files: Files): Promise<Map<string, Uint8Array<ArrayBuffer>>> {
+  const out = new Map<string, Uint8Array<ArrayBuffer>>();
+  await convertAqlm(memorySource(files), memoryWork(out), 2 ** 30);
+  return out;
+}
+
+for (
+  const [aqlm, storages] of [
+    [{ m: 2, v: 4, b: 8 }, ["signed", "unsigned"]],
+    [{ m: 1, v: 8, b: 16 }, ["signed", "unsigned"]],
+    [{ m: 2, v: 8, b: 11 }, ["signed"]],
+  ] as const
+) {
+  const name = `${aqlm.m}x${aqlm.b} of ${aqlm.v} weights`;
+  Deno.test(`AQLM checkpoints become ones of exactly the same weights: ${name}`, async () => {
+    const results: Uint8Array[] = [];
+    for (const storage of storages) {
+      const { files, weights } = aqlmFiles(aqlm, { unsigned: storage === "unsigned" });
+      const out = await convert(files);
+      const result = await openCheckpoint(memorySource(Object.fromEntries(out)));
+      const format = { ...aqlm, g: ROW_SCALE };
+      assertEquals([result.config.codegemm, result.tokenizerJson], [format, "{}"]);
+      assert(!result.configJson.includes("quantization_config"));
+      assertEquals(weights.size, MATRICES);
+      for (const [matrix, expected] of weights) {
+        const [, n] = result.info(`${matrix}.scales`).shape;
+        const shape = [n, expected.length / n] as const;
+        const decoded = dequantize(await readCodeTensors(result, matrix, shape, format));
+        // Zeros of either sign are equal weights.
+        assertEquals(decoded.map((weight) => weight + 0), expected.map((weight) => weight + 0));
+      }
+      results.push(out.get("model-00001-of-00001.safetensors")!);
     }
-    results.push(out.get("model-00001-of-00001.safetensors")!);
-  }
-  assertEquals(results[0], results[1]);
+    for (const other of results) assertEquals(other, results[0]);
+  });
+}
+
+Deno.test("matrices that AQLM left as they were stay so", async () => {
+  const kept = "model.layers.1.mlp.up_proj";
+  const plain = randomTensors(TINY_CONFIG).find(({ name }) => name === `${kept}.weight`)!;
+  const { files } = aqlmFiles({ m: 2, v: 4, b: 8 }, {
+    change: (tensors) => [...tensors.filter(({ name }) => !name.startsWith(kept)), plain],
+  });
+  const out = await openCheckpoint(memorySource(Object.fromEntries(await convert(files))));
+  assertEquals(await out.read(plain.name, 0, plain.bytes), new Uint8Array(plain.data));
 });
 
-Deno.test("what AQLM has and CodeGEMM does not is refused by name", async () => {
-  const refuse = async (section: Record<string, unknown>, words: string) => {
-    const { files } = aqlmFiles("I8", { ...AQLM, ...section });
+Deno.test("what AQLM has and cannot run is refused by name, before anything is written", async () => {
+  const refuse = async (words: string, options: Parameters<typeof aqlmFiles>[1], b = 8) => {
+    const { files } = aqlmFiles({ m: b > 8 ? 1 : 2, v: 4, b }, options);
     const out = new Map<string, Uint8Array<ArrayBuffer>>();
     const error = await assertRejects(
       () => convertAqlm(memorySource(files), memoryWork(out), 2 ** 20),
@@ -93,8 +138,50 @@ Deno.test("what AQLM has and CodeGEMM does not is refused by name", async () => 
     );
     assertEquals([error.code, out.size], ["bad-checkpoint", 0]);
   };
-  await refuse({ nbits_per_codebook: 16 }, "only codes of 8 bits");
-  await refuse({ out_group_size: 8 }, "only one output row per code");
-  await refuse({ quant_method: "gptq" }, "quant_method");
-  await refuse({ num_codebooks: 1 }, "expected I8 or U8 [32,8,1]");
+  const q = "model.layers.0.self_attn.q_proj";
+  const changed = (name: string, change: Partial<TensorBytes>) => (tensors: TensorBytes[]) =>
+    tensors.map((tensor) => tensor.name === name ? { ...tensor, ...change } : tensor);
+  await refuse("only codes of 8 to 16 bits", { section: { nbits_per_codebook: 17 } });
+  await refuse("only codes of 8 to 16 bits", { section: { nbits_per_codebook: 7 } });
+  await refuse("only one output row per code", { section: { out_group_size: 8 } });
+  await refuse("quant_method", { section: { quant_method: "gptq" } });
+  await refuse("expected I8 or U8 [32,8,1]", { section: { num_codebooks: 1 } });
+  await refuse("expected I16 or U16 [32,8,2]", { section: { nbits_per_codebook: 16 } });
+  await refuse("codes is F16 [32,8,1]; expected I16 or U16", {
+    change: changed(`${q}.codes`, { dtype: "F16" }),
+  }, 9);
+  await refuse(`${q}.codebooks is I8`, {
+    change: changed(`${q}.codebooks`, { dtype: "I8", shape: [2, 256, 2, 4] }),
+  });
+  await refuse(`${q}.scales is missing`, {
+    change: (tensors) => tensors.filter(({ name }) => name !== `${q}.scales`),
+  });
+  await refuse("model.norm.weight (32) is missing", {
+    change: (tensors) => tensors.filter(({ name }) => name !== "model.norm.weight"),
+  });
+  await refuse(`${q}.bias`, {
+    change: (tensors) => [...tensors, tensorBytes(`${q}.bias`, "F16", [1], new Uint8Array(2))],
+  });
+  await refuse(`${q}.codes is 2 x 2 x 16; config.json asks for 2 x 2 x 32`, {
+    change: (tensors) =>
+      tensors.map((tensor) => {
+        if (!tensor.name.startsWith(q) || tensor.name.endsWith("codebooks")) return tensor;
+        const { name, dtype, shape, bytes, data } = tensor;
+        const half = data.slice(0, bytes / 2);
+        return tensorBytes(name, dtype, [shape[0] / 2, ...shape.slice(1)], half);
+      }),
+  });
+});
+
+Deno.test("a code that its bits do not hold is found", async () => {
+  const name = "model.layers.1.mlp.down_proj.codes";
+  const { files } = aqlmFiles({ m: 1, v: 4, b: 12 }, {
+    change: (tensors) => {
+      const codes = tensors.find((tensor) => tensor.name === name)!;
+      new Int16Array(codes.data.buffer)[77] = 4096;
+      return tensors;
+    },
+  });
+  const error = await assertRejects(() => convert(files), FleetError, `${name}: element 77`);
+  assertEquals(error.code, "bad-checkpoint");
 });

@@ -3,8 +3,9 @@
  *
  * @module
  */
+import { parseFormatName } from "../shared/checkpoint/mod.ts";
 import { FleetError } from "../shared/errors.ts";
-import type { CodeGemmFormat } from "../shared/model_config.ts";
+import { type CodeGemmFormat, ROW_SCALE } from "../shared/model_config.ts";
 
 /**
  * Parses `mXvYgZ`: X codebooks, Y weights per code, Z weights per scale; codes have 8 bits.
@@ -20,17 +21,23 @@ import type { CodeGemmFormat } from "../shared/model_config.ts";
  * ```
  */
 export function parseFormat(name: string): CodeGemmFormat {
-  const [m, v, g] = (/^m([1-9]\d{0,3})v([1-9]\d{0,5})g([1-9]\d{0,5})$/.exec(name) ?? []).slice(1)
-    .map(Number);
-  if (g === undefined) {
+  const format = parseFormatName(name);
+  if (format && format.b !== 8) {
+    throw new FleetError(
+      "bad-usage",
+      `--format ${name}: the quantizer makes codes of 8 bits only; those of ${format.b} bits come ` +
+        "from AQLM, by deno task convert",
+    );
+  }
+  if (!format || format.g === ROW_SCALE) {
     throw new FleetError(
       "bad-usage",
       `--format takes mXvYgZ (codebooks, weights per code, weights per scale), such as m1v4g128, ` +
         `not ${JSON.stringify(name)}`,
     );
   }
-  if (g % v !== 0) {
+  if (format.g % format.v !== 0) {
     throw new FleetError("bad-usage", `--format ${name}: g must be a multiple of v`);
   }
-  return { m, v, g, b: 8 };
+  return format;
 }

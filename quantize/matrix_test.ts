@@ -110,4 +110,5 @@ Deno.test("formats are read as people write them", () => {
   for (const bad of ["", "m1v4", "m0v4g128", "m1v4g0", "m1v8g12", "M1V4G128", "m1v4g128b16"]) {
     assertEquals(assertThrows(() => parseFormat(bad), FleetError).code, "bad-usage");
   }
+  assertThrows(() => parseFormat("m1v8b16"), FleetError, "codes of 8 bits only");
 });

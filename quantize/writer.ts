@@ -48,8 +48,8 @@ export function planShards(tensors: readonly TensorInfo[], maxShardBytes: number
 
 /** A checkpoint's shards being written. */
 export interface ShardWriter {
-  /** Writes one tensor, all of it. */
-  write(name: string, data: Uint8Array): Promise<void>;
+  /** Writes one tensor, all of it: at once, or in slices that follow each other. */
+  write(name: string, data: Uint8Array | AsyncIterable<Uint8Array>): Promise<void>;
   /** Writes the index. Every tensor must have been written. */
   finish(): Promise<void>;
 }
@@ -80,9 +80,14 @@ export async function createShardWriter(
     async write(name, data) {
       const place = places.get(name);
       invariant(place, `${name} is planned, and not written yet`);
-      invariant(place.bytes === data.length, `${name} has the planned size`);
+      let written = 0;
+      for await (const slice of data instanceof Uint8Array ? [data] : data) {
+        invariant(written + slice.length <= place.bytes, `${name} has at most the planned size`);
+        await sink.write(place.file, place.offset + written, slice);
+        written += slice.length;
+      }
+      invariant(written === place.bytes, `${name} has the planned size`);
       places.delete(name);
-      await sink.write(place.file, place.offset, data);
     },
     async finish() {
       invariant(places.size === 0, `every tensor is written; missing: ${[...places.keys()]}`);

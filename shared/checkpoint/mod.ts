@@ -16,7 +16,7 @@ export {
   type WantedTensor,
   wantedTensors,
 } from "./layout.ts";
-export { type Checkpoint, openCheckpoint } from "./open.ts";
+export { type Checkpoint, checkTensors, openCheckpoint } from "./open.ts";
 export {
   encodeHeader,
   encodeSafetensors,

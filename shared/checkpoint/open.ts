@@ -47,7 +47,7 @@ export async function openCheckpoint(files: FileSource): Promise<Checkpoint> {
     await text("generation_config.json", LIMITS.maxConfigBytes),
   );
   const tensors = await storedTensors(files, names);
-  checkAgainstConfig(config, tensors);
+  checkTensors(config, tensors);
 
   const tokenizerJson = await text("tokenizer.json", LIMITS.maxTokenizerBytes);
   const tokenizerConfigJson = await text("tokenizer_config.json", LIMITS.maxTokenizerBytes);
@@ -123,9 +123,15 @@ function parseIndex(json: string): Map<string, string> {
   return fileOf;
 }
 
-function checkAgainstConfig(
+/**
+ * Checks that tensors are what a config asks for: all there, of the right shapes and types, and none
+ * that the forward pass would have to use but does not know of.
+ *
+ * @throws FleetError `bad-checkpoint` that names the file and the tensor
+ */
+export function checkTensors(
   config: ModelConfig,
-  tensors: ReadonlyMap<string, StoredTensor>,
+  tensors: ReadonlyMap<string, Omit<StoredTensor, "fileOffset">>,
 ): void {
   const has = (name: string) => tensors.has(name);
   const wanted = allParts(config).flatMap((part) => wantedTensors(config, part, has));
@@ -153,7 +159,7 @@ function checkAgainstConfig(
 function checkLeftovers(
   config: ModelConfig,
   wanted: ReadonlySet<string>,
-  tensors: ReadonlyMap<string, StoredTensor>,
+  tensors: ReadonlyMap<string, Pick<StoredTensor, "name" | "file">>,
 ): void {
   for (const { name, file } of tensors.values()) {
     if (wanted.has(name)) continue;
