@@ -3,14 +3,16 @@
  * `mapAsync` (10 ms, whatever the work).
  *
  * In Deno `mapAsync` itself blocks until the GPU is done, so `getMappedRange()` right behind it, not
- * awaited, already works. Three rules make that safe here:
+ * awaited, already works. It waits for everything that was submitted, later steps too (wgpu polls the
+ * device for its last submission): so a step that should be read soon has nothing behind it, and the
+ * next one is submitted the moment the wait is over. Three rules make it safe:
  *
  * 1. Every staging buffer is mapped once with an awaited `mapAsync` at creation. Before that,
  *    `getMappedRange()` takes the whole process down.
  * 2. Promises of maps that nobody awaits settle only when the event loop turns; {@linkcode Readback}
  *    counts them and lets the loop turn when too many are open.
  * 3. After an invalid submit the mapped range holds stale bytes and no error is thrown. So each copy
- *    carries a number of its own behind the data, and a read that finds another number there fails.
+ *    carries a number of its turn behind the data, and a read that finds another number there fails.
  *
  * Whether the way without waiting gives right bytes on this platform is tried at creation; where it
  * does not (a browser, another implementation), reads await.
@@ -42,6 +44,8 @@ export interface ReadSlot {
 const MAX_UNSETTLED_MAPS = 256;
 /** Bytes of the number behind the data. */
 const TICKET_BYTES = 4;
+/** Numbers lie ready on the GPU and are used in turn, many times more than there are slots. */
+const TICKETS = 1024;
 /** Bytes moved on the GPU before a probe's pattern, so that an early look would see it missing. */
 const PROBE_BYTES = 1024 * 1024;
 /** An even number: the pattern ends where it began. */
@@ -71,10 +75,10 @@ export class Readback {
   readonly depth: number;
   readonly #gpu: Gpu;
   readonly #staging: GPUBuffer[];
-  /** One word per slot: the number that the slot's next copy carries. */
+  /** Words that look like nothing else: `ticketOf(0)`, `ticketOf(1)`, ... */
   readonly #tickets: GPUBuffer;
   readonly #open: (ReadSlot | null)[];
-  #nextTicket = 1;
+  #copies = 0;
   #unsettledMaps = 0;
   #immediate = false;
 
@@ -87,10 +91,9 @@ export class Readback {
       { length: depth },
       (_, i) => gpu.buffer(`readback ${i}`, this.maxBytes + TICKET_BYTES, usage),
     );
-    this.#tickets = gpu.buffer(
+    this.#tickets = gpu.upload(
       "readback tickets",
-      depth * TICKET_BYTES,
-      GPUBufferUsage.COPY_SRC | GPUBufferUsage.COPY_DST,
+      Uint32Array.from({ length: TICKETS }, (_, i) => ticketOf(i)),
     );
     this.#open = new Array(depth).fill(null);
   }
@@ -109,7 +112,7 @@ export class Readback {
     depth = 4,
     way: "probe" | "wait" = "probe",
   ): Promise<Readback> {
-    invariant(maxBytes > 0 && depth > 0, "a readback has bytes and slots");
+    invariant(maxBytes > 0 && depth > 0 && depth < TICKETS, "a readback has bytes and slots");
     const readback = await gpu.allocate(
       "staging buffers",
       () => new Readback(gpu, maxBytes, depth),
@@ -152,25 +155,29 @@ export class Readback {
       encoder.copyBufferToBuffer(range.buffer, range.offset, staging, at, range.bytes);
       at += range.bytes;
     }
-    const slot = { index, ticket: this.#nextTicket, bytes };
-    this.#nextTicket = this.#nextTicket === 0xffffffff ? 1 : this.#nextTicket + 1;
-    this.#gpu.write(this.#tickets, index * TICKET_BYTES, Uint32Array.of(slot.ticket));
-    encoder.copyBufferToBuffer(this.#tickets, index * TICKET_BYTES, staging, at, TICKET_BYTES);
+    const turn = this.#copies++ % TICKETS;
+    const slot = { index, ticket: ticketOf(turn), bytes };
+    encoder.copyBufferToBuffer(this.#tickets, turn * TICKET_BYTES, staging, at, TICKET_BYTES);
     this.#open[index] = slot;
     return slot;
   }
 
   /**
-   * Waits for the submitted copy and frees its slot.
+   * Waits for the submitted copy and frees its slot. Where reads are {@linkcode immediate}, it waits
+   * for all that has been submitted, not for this copy alone.
    *
+   * @param whenDone called between the wait and the fetching: the place to give the GPU its next work
    * @returns the ranges' bytes one behind the other, in a buffer of their own
    * @throws FleetError `gpu` when the device has failed, or the submit with the copy never ran
    */
-  async read(slot: ReadSlot): Promise<Uint8Array<ArrayBuffer>> {
+  async read(slot: ReadSlot, whenDone?: () => void): Promise<Uint8Array<ArrayBuffer>> {
     this.#checkOpen(slot);
     try {
       this.#gpu.check();
-      const bytes = this.#immediate ? this.#readNow(slot) : await this.#readAwaited(slot);
+      const mapped = this.#map(slot);
+      if (!this.#immediate) await mapped;
+      whenDone?.();
+      const bytes = this.#take(slot);
       const ticket = new DataView(bytes.buffer).getUint32(slot.bytes, true);
       if (ticket !== slot.ticket) {
         await turn(); // so that the device's own account of it, if any, comes first
@@ -204,20 +211,20 @@ export class Readback {
     invariant(this.#open[slot.index] === slot, "a slot is read or released once");
   }
 
-  /** Data and ticket, by the way that does not wait for the event loop. */
-  #readNow(slot: ReadSlot): Uint8Array<ArrayBuffer> {
-    const staging = this.#staging[slot.index];
+  /** In Deno it returns when the GPU is done, though its promise settles later. */
+  #map(slot: ReadSlot): Promise<undefined> {
     const settled = () => void this.#unsettledMaps--;
     this.#unsettledMaps++;
-    staging.mapAsync(GPUMapMode.READ, 0, slot.bytes + TICKET_BYTES).then(settled, settled);
-    return this.#take(slot);
+    const mapped = this.#staging[slot.index].mapAsync(
+      GPUMapMode.READ,
+      0,
+      slot.bytes + TICKET_BYTES,
+    );
+    mapped.then(settled, settled);
+    return mapped;
   }
 
-  async #readAwaited(slot: ReadSlot): Promise<Uint8Array<ArrayBuffer>> {
-    await this.#staging[slot.index].mapAsync(GPUMapMode.READ, 0, slot.bytes + TICKET_BYTES);
-    return this.#take(slot);
-  }
-
+  /** Data and ticket of a slot that is mapped. */
   #take(slot: ReadSlot): Uint8Array<ArrayBuffer> {
     const staging = this.#staging[slot.index];
     const bytes = new Uint8Array(staging.getMappedRange(0, slot.bytes + TICKET_BYTES).slice(0));
@@ -261,12 +268,18 @@ export class Readback {
 
   #tryReadNow(slot: ReadSlot): Uint8Array | null {
     try {
-      return this.#readNow(slot);
+      this.#map(slot);
+      return this.#take(slot);
     } catch {
       this.#staging[slot.index].unmap();
       return null;
     }
   }
+}
+
+/** The number of turn `turn`: an odd factor makes no two alike. */
+function ticketOf(turn: number): number {
+  return Math.imul(turn + 1, 0x9e3779b1) >>> 0;
 }
 
 function randomWords(random: Random, words: number): Uint32Array<ArrayBuffer> {

@@ -43,8 +43,17 @@ export interface StageKernels {
   leave: HeadKernels | Kernel;
 }
 
+/** Encodes what comes before a stage's first layer. */
+export function forwardEntry(
+  pass: GPUComputePassEncoder,
+  step: TransformerShape,
+  stage: StageKernels,
+): void {
+  stage.enter.encode(pass, step); // residual = embedding[token], or the previous stage's rows
+}
+
 /**
- * Encodes a step up to its last layer. Only the counts of the step decide what is encoded.
+ * Encodes consecutive layers. Only the counts of the step decide what is encoded.
  *
  * Between layers the residual is float16 in float32's clothes: the last linear layer of each rounds
  * it, so that the bits are the same whether or not a stage ends there. Linear layers and attention
@@ -53,16 +62,14 @@ export interface StageKernels {
 export function forwardLayers(
   pass: GPUComputePassEncoder,
   step: TransformerShape,
-  stage: StageKernels,
+  layers: readonly LayerKernels[],
 ): void {
   const linear = (layer: Linear) => {
     layer.encode(pass, step, "decode");
     layer.encode(pass, step, "prefill");
   };
 
-  stage.enter.encode(pass, step); // residual = embedding[token], or the previous stage's rows
-
-  for (const layer of stage.layers) {
+  for (const layer of layers) {
     layer.inputNorm.encode(pass, step); // x = norm(residual)
     layer.queriesKeysValues.forEach(linear); // q, k, v = Wq x, Wk x, Wv x
     layer.rope.encode(pass, step); // q, k turned; k, v into the pages

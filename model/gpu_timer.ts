@@ -11,6 +11,17 @@ const BYTES = 16;
 /** Where query results may be put in a buffer, a multiple of this (WebGPU). */
 const RESOLVE_ALIGN = 256;
 
+/** From the begin of a step's first pass to the end of its last one; the clock starts anywhere. */
+export interface GpuSpan {
+  beginNs: bigint;
+  endNs: bigint;
+}
+
+/** Milliseconds from one timestamp to a later one; a clock that jumped back counts as none. */
+export function elapsedMs(fromNs: bigint, toNs: bigint): number {
+  return Math.max(0, Number(BigInt.asIntN(64, toNs - fromNs)) / 1e6);
+}
+
 /** Times the passes of a step, for a bounded number of steps in flight. */
 export class GpuTimer {
   /** Bytes that a step's timestamps add to its readback. */
@@ -28,14 +39,17 @@ export class GpuTimer {
     );
   }
 
-  /** For the first pass of a step. */
-  begins(slot: number): GPUComputePassTimestampWrites {
-    return { querySet: this.#queries, beginningOfPassWriteIndex: 2 * slot };
-  }
-
-  /** For the last pass of a step. */
-  ends(slot: number): GPUComputePassTimestampWrites {
-    return { querySet: this.#queries, endOfPassWriteIndex: 2 * slot + 1 };
+  /** For a pass of a step, which may be its first, its last, or both. */
+  writes(
+    slot: number,
+    { begins, ends }: { begins: boolean; ends: boolean },
+  ): GPUComputePassTimestampWrites | undefined {
+    if (!begins && !ends) return undefined;
+    return {
+      querySet: this.#queries,
+      beginningOfPassWriteIndex: begins ? 2 * slot : undefined,
+      endOfPassWriteIndex: ends ? 2 * slot + 1 : undefined,
+    };
   }
 
   /** After the pass; returns what to read back. */
@@ -44,11 +58,10 @@ export class GpuTimer {
     return { buffer: this.#resolved, offset: slot * RESOLVE_ALIGN, bytes: BYTES };
   }
 
-  /** Milliseconds from what was read back; timestamps are nanoseconds. */
-  static elapsedMs(bytes: Uint8Array): number {
+  /** The step's span on the GPU's clock, from what was read back. */
+  static span(bytes: Uint8Array): GpuSpan {
     const view = new DataView(bytes.buffer, bytes.byteOffset, BYTES);
-    const elapsedNs = view.getBigUint64(8, true) - view.getBigUint64(0, true);
-    return Math.max(0, Number(BigInt.asIntN(64, elapsedNs)) / 1e6);
+    return { beginNs: view.getBigUint64(0, true), endNs: view.getBigUint64(8, true) };
   }
 
   destroy(): void {

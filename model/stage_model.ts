@@ -1,6 +1,13 @@
 /**
  * A stage on the GPU: steps in, activations or results out.
  *
+ * A wait for the GPU waits for all that has been submitted (`readback.ts`). So a step that comes while
+ * another one runs is checked, written and encoded at once, but submitted only when the wait for the
+ * older one is over, before anything else: the GPU idles for as long as it takes to wake and to submit
+ * the step's first few layers (`step_parts.ts`), and the older step's outputs are not held up. Inputs
+ * may be written while the older step runs: `queue.writeBuffer` is ordered with submits. There is one
+ * such step at most, for its writes would overwrite those of a second one.
+ *
  * @module
  */
 import { invariant } from "../shared/errors.ts";
@@ -15,15 +22,19 @@ import {
   type TransformerShape,
 } from "../kernels/transformer/mod.ts";
 import { checkBatch } from "./check_batch.ts";
-import { forwardLayers, forwardOutputs, type HeadKernels } from "./forward.ts";
-import { GpuTimer } from "./gpu_timer.ts";
+import { forwardEntry, forwardLayers, forwardOutputs, type HeadKernels } from "./forward.ts";
+import { elapsedMs, type GpuSpan, GpuTimer } from "./gpu_timer.ts";
 import { KvCache } from "./kv_cache.ts";
 import { createStageMemory, type StageMemory } from "./stage_buffers.ts";
 import { bindStage, type BoundStage } from "./stage_kernels.ts";
 import type { StageOutput, StageProgress, StageSpec, StageSteps, Ticket } from "./stage_spec.ts";
+import { type LayerRun, stepParts } from "./step_parts.ts";
+import { StepTimes } from "./step_times.ts";
 import type { WeightStore } from "./weights.ts";
 
 const IN_FLIGHT = LIMITS.maxStepsInFlightPerStage;
+/** Before a step's end: what it takes to wake and look, and most of the time of its last part. */
+const WAKE_MS = 0.15;
 
 /** Everything a stage holds on the GPU beside its weights. */
 interface StageResources {
@@ -35,14 +46,21 @@ interface StageResources {
   timer: GpuTimer | null;
 }
 
-/** A submitted step. */
+/** An unfinished step. */
 class PendingStep implements Ticket {
+  /** Where its outputs will be read; set once its last commands are encoded. */
+  slot: ReadSlot | null = null;
+  /** Encoded, not yet submitted. */
+  waiting: GPUCommandBuffer[] = [];
+  /** When it was submitted. */
+  startedMs = Infinity;
+
   constructor(
     readonly id: number,
-    readonly slot: ReadSlot,
-    readonly rows: number,
+    readonly shape: TransformerShape,
+    /** The shape as far as it decides what is encoded. */
+    readonly counts: TransformerShape,
     readonly requests: RowRequest[],
-    readonly submittedMs: number,
   ) {}
 }
 
@@ -54,16 +72,19 @@ export class StageModel implements StageSteps {
   readonly #gpu: Gpu;
   readonly #resources: StageResources;
   readonly #head: HeadKernels | null;
+  readonly #parts: LayerRun[];
+  readonly #times = new StepTimes();
   /** Oldest first. */
   readonly #pending: PendingStep[] = [];
   #submitted = 0;
   /** The last step's counts, and whether the one before it had the same. */
   #counts: TransformerShape | null = null;
   #repeats = false;
-  /** The next step's layers, if it has these counts. */
-  #prepared: { counts: TransformerShape; commands: GPUCommandBuffer } | null = null;
-  /** When the GPU was last seen to have finished a step. */
+  /** The next step's parts but the last, if it has these counts. */
+  #prepared: { counts: TransformerShape; commands: GPUCommandBuffer[] } | null = null;
+  /** When the GPU was last seen to have finished a step, and the step's span. */
   #idleSinceMs = 0;
+  #lastSpan: GpuSpan | null = null;
 
   private constructor(gpu: Gpu, spec: StageSpec, resources: StageResources, memoryBytes: number) {
     this.#gpu = gpu;
@@ -72,6 +93,7 @@ export class StageModel implements StageSteps {
     this.memoryBytes = memoryBytes;
     const { leave } = resources.bound.kernels;
     this.#head = "sampler" in leave ? leave : null;
+    this.#parts = stepParts(spec.to - spec.from);
   }
 
   /**
@@ -120,58 +142,66 @@ export class StageModel implements StageSteps {
   }
 
   submit(batch: StepBatch, hidden: Uint16Array | null): Ticket {
-    const { inputs, memory, bound, readback, timer } = this.#resources;
+    const { inputs, memory, readback } = this.#resources;
     invariant(this.#pending.length < IN_FLIGHT, `at most ${IN_FLIGHT} steps are in flight`);
     checkBatch(this.spec, batch, hidden);
     this.#head?.sampler.write(batch.requests, batch.rowPosition);
     if (hidden) this.#gpu.write(memory.buffers.frame, 0, hidden as Uint16Array<ArrayBuffer>);
-    const step = inputs.write(batch);
-
-    const counts = dispatchCounts(step);
-    const layers = this.#prepared && sameCounts(this.#prepared.counts, counts)
-      ? this.#prepared.commands
-      : this.#encodeLayers(counts);
-    this.#prepared = null;
+    const shape = inputs.write(batch);
+    const counts = dispatchCounts(shape);
     this.#repeats = this.#counts !== null && sameCounts(this.#counts, counts);
     this.#counts = counts;
 
-    const id = this.#submitted++;
-    const encoder = this.#gpu.device.createCommandEncoder({ label: `outputs of step ${id}` });
-    const pass = encoder.beginComputePass({ timestampWrites: timer?.ends(id % IN_FLIGHT) });
-    forwardOutputs(pass, step, bound.kernels);
-    pass.end();
-    const ranges = this.#outputRanges(step.rows, batch.requests);
-    if (timer) ranges.push(timer.resolve(encoder, id % IN_FLIGHT));
-    const slot = readback.copy(encoder, ranges);
-    this.#gpu.device.queue.submit([layers, encoder.finish()]);
+    const step = new PendingStep(this.#submitted++, shape, counts, batch.requests);
+    const commands = this.#encode(step);
+    // What is encoded first is submitted first: the GPU is at work while the rest is encoded.
+    if (this.#pending.length === 0 || !readback.immediate) this.#start(step, commands);
+    else step.waiting = [...commands];
+    this.#pending.push(step);
+    return step;
+  }
 
-    const pending = new PendingStep(id, slot, step.rows, batch.requests, performance.now());
-    this.#pending.push(pending);
-    return pending;
+  prepare(): void {
+    if (!this.#repeats || this.#prepared !== null || this.#counts === null) return;
+    const counts = this.#counts;
+    const commands = this.#parts.slice(0, -1)
+      .map((part) => this.#encodeLayers(this.#submitted, counts, part));
+    this.#prepared = { counts, commands };
+  }
+
+  busyForMs(): number {
+    const [step] = this.#pending;
+    if (!step) return 0;
+    return step.startedMs + this.#times.surelyMs(step.counts) - WAKE_MS - performance.now();
   }
 
   async finish(ticket: Ticket): Promise<StageOutput> {
-    const step = this.#pending[0];
-    invariant(step === ticket, "steps are finished in the order of their submission");
+    const [step] = this.#pending;
+    invariant(step === ticket && step.slot, "steps are finished in the order of their submission");
     const { readback, timer } = this.#resources;
-    this.#prepare();
+    this.#settleParts();
     const waitedFromMs = performance.now();
+    let doneMs = waitedFromMs;
     let bytes: Uint8Array<ArrayBuffer>;
     try {
-      bytes = await readback.read(step.slot);
+      bytes = await readback.read(step.slot, () => {
+        doneMs = performance.now();
+        const next = this.#pending[1];
+        if (next) this.#start(next, next.waiting.splice(0));
+      });
     } finally {
       this.#pending.shift();
     }
-    const doneMs = performance.now();
-    const startedMs = Math.max(this.#idleSinceMs, step.submittedMs);
-    const gpuMs = timer
-      ? GpuTimer.elapsedMs(bytes.subarray(bytes.length - GpuTimer.BYTES))
-      : doneMs - startedMs;
+    const times = timer
+      ? this.#timesOf(step, GpuTimer.span(bytes.subarray(bytes.length - GpuTimer.BYTES)))
+      : { gpuMs: doneMs - Math.max(this.#idleSinceMs, step.startedMs) };
+    const startedMs = Math.max(this.#idleSinceMs, step.startedMs);
     this.#idleSinceMs = doneMs;
+    const readMs = performance.now();
     return {
       ...this.#output(step, bytes),
-      gpuMs,
-      readbackMs: Math.max(0, doneMs - Math.max(waitedFromMs, startedMs + gpuMs)),
+      ...times,
+      readbackMs: Math.max(0, readMs - Math.max(waitedFromMs, startedMs + times.gpuMs)),
     };
   }
 
@@ -185,24 +215,74 @@ export class StageModel implements StageSteps {
     timer?.destroy();
   }
 
-  /**
-   * Encodes the layers of the next step while the GPU is at work, where it looks like the last ones:
-   * sequences that decode bring the same counts step after step.
-   */
-  #prepare(): void {
-    if (!this.#repeats || this.#prepared !== null || this.#counts === null) return;
-    this.#prepared = { counts: this.#counts, commands: this.#encodeLayers(this.#counts) };
+  #start(step: PendingStep, commands: Iterable<GPUCommandBuffer>): void {
+    if (step.startedMs === Infinity) step.startedMs = performance.now();
+    for (const part of commands) this.#gpu.device.queue.submit([part]);
   }
 
-  /** The layers of step {@linkcode #submitted}, the next one. */
-  #encodeLayers(counts: TransformerShape): GPUCommandBuffer {
-    const { bound, timer } = this.#resources;
-    const id = this.#submitted;
-    const encoder = this.#gpu.device.createCommandEncoder({ label: `layers of step ${id}` });
-    const pass = encoder.beginComputePass({ timestampWrites: timer?.begins(id % IN_FLIGHT) });
-    forwardLayers(pass, counts, bound.kernels);
-    pass.end();
+  /**
+   * An empty submit makes wgpu look which submissions are done, and drop its account of them: what is
+   * done here is not done when the GPU is, and idle.
+   */
+  #settleParts(): void {
+    this.#gpu.device.queue.submit([]);
+  }
+
+  /** The step's parts, in order; those encoded ahead if they fit. */
+  *#encode(step: PendingStep): Generator<GPUCommandBuffer, void> {
+    const prepared = this.#prepared && sameCounts(this.#prepared.counts, step.counts)
+      ? this.#prepared.commands
+      : [];
+    this.#prepared = null;
+    for (const [i, part] of this.#parts.slice(0, -1).entries()) {
+      yield prepared[i] ?? this.#encodeLayers(step.id, step.counts, part);
+    }
+    yield this.#encodeLast(step);
+  }
+
+  /** Layers of step `id`, and what comes before its first one. */
+  #encodeLayers(id: number, counts: TransformerShape, part: LayerRun): GPUCommandBuffer {
+    const label = `layers from ${part.from} of step ${id}`;
+    const encoder = this.#gpu.device.createCommandEncoder({ label });
+    this.#encodePass(encoder, id, counts, part);
     return encoder.finish();
+  }
+
+  #encodePass(
+    encoder: GPUCommandEncoder,
+    id: number,
+    counts: TransformerShape,
+    part: LayerRun,
+    outputs?: TransformerShape,
+  ): void {
+    const { bound: { kernels }, timer } = this.#resources;
+    const slot = id % IN_FLIGHT;
+    const first = part.from === 0;
+    const timestampWrites = timer?.writes(slot, { begins: first, ends: outputs !== undefined });
+    const pass = encoder.beginComputePass({ timestampWrites });
+    if (first) forwardEntry(pass, counts, kernels);
+    forwardLayers(pass, counts, kernels.layers.slice(part.from, part.to));
+    if (outputs) forwardOutputs(pass, outputs, kernels);
+    pass.end();
+  }
+
+  /** The step's last layers, its outputs, and the copy to where they are read. */
+  #encodeLast(step: PendingStep): GPUCommandBuffer {
+    const { readback, timer } = this.#resources;
+    const encoder = this.#gpu.device.createCommandEncoder({ label: `outputs of step ${step.id}` });
+    this.#encodePass(encoder, step.id, step.counts, this.#parts.at(-1)!, step.shape);
+    const ranges = this.#outputRanges(step.shape.rows, step.requests);
+    if (timer) ranges.push(timer.resolve(encoder, step.id % IN_FLIGHT));
+    step.slot = readback.copy(encoder, ranges);
+    return encoder.finish();
+  }
+
+  #timesOf(step: PendingStep, span: GpuSpan): Pick<StageOutput, "gpuMs" | "gpuIdleMs"> {
+    const gpuMs = elapsedMs(span.beginNs, span.endNs);
+    const gpuIdleMs = this.#lastSpan ? elapsedMs(this.#lastSpan.endNs, span.beginNs) : undefined;
+    this.#lastSpan = span;
+    this.#times.record(step.counts, gpuMs);
+    return { gpuMs, gpuIdleMs };
   }
 
   #outputRanges(rows: number, requests: RowRequest[]): ReadRange[] {
@@ -218,7 +298,7 @@ export class StageModel implements StageSteps {
     if (this.#head) {
       return { hidden: null, results: this.#head.sampler.decode(bytes, step.requests) };
     }
-    const elements = step.rows * this.spec.config.hiddenSize;
+    const elements = step.shape.rows * this.spec.config.hiddenSize;
     return { hidden: new Uint16Array(bytes.buffer, bytes.byteOffset, elements), results: [] };
   }
 }
@@ -229,11 +309,11 @@ const CONTEXT_STEP = 256;
 /** What decides the dispatches of a step's layers. */
 function dispatchCounts(step: TransformerShape): TransformerShape {
   const contextTokens = Math.ceil(step.contextTokens / CONTEXT_STEP) * CONTEXT_STEP;
-  return { ...step, outputs: 0, contextTokens };
+  return { ...step, contextTokens };
 }
 
 function sameCounts(a: TransformerShape, b: TransformerShape): boolean {
-  return a.decodeRows === b.decodeRows && a.rows === b.rows &&
+  return a.decodeRows === b.decodeRows && a.rows === b.rows && a.outputs === b.outputs &&
     a.prefillTiles === b.prefillTiles && a.contextTokens === b.contextTokens;
 }
 

@@ -197,6 +197,47 @@ Deno.test("two steps may be in flight, and replaying a step gives the same bits 
     weights.destroy();
   }));
 
+Deno.test("a stage that is submitted in parts, ahead or behind another step, changes no bit", () =>
+  withGpu(async (gpu) => {
+    const config = tinyConfig({ layers: 14 });
+    const tensors = randomModel(config, 6);
+    const tokens = randomTokens(config, 30, 7);
+    const batches = [
+      stepBatch(pageTables(1), rowsOf(0, tokens, 0, 20), 0),
+      ...[20, 21, 22, 23].map((at) => stepBatch(pageTables(1), rowsOf(0, tokens, at, at + 1), 1)),
+    ];
+    const short = await StageChain.load({ gpu, config, tensors, limits: LIMITS, cuts: [7] });
+    const expected = [];
+    for (const batch of batches) expected.push((await short.step(batch)).results);
+    short.destroy();
+
+    const weights = new WeightStore(gpu);
+    const span = { from: 0, to: 14, first: true, last: true };
+    for (const part of stageParts(span)) await weights.load(config, part, tensors);
+    const spec = { config, ...span, limits: LIMITS, profile: PROFILE };
+    const stage = await StageModel.load(gpu, spec, weights);
+    assertEquals(stage.busyForMs(), 0);
+    const alone = [];
+    for (const batch of batches) {
+      const ticket = stage.submit(batch, null);
+      stage.prepare();
+      alone.push((await stage.finish(ticket)).results);
+    }
+    assertEquals(alone, expected);
+    const behind = [];
+    let running = stage.submit(batches[0], null);
+    for (const batch of batches.slice(1)) {
+      const next = stage.submit(batch, null);
+      behind.push((await stage.finish(running)).results);
+      stage.prepare();
+      running = next;
+    }
+    behind.push((await stage.finish(running)).results);
+    assertEquals(behind, expected);
+    stage.destroy();
+    weights.destroy();
+  }));
+
 Deno.test("a refused step touches no page", () =>
   withGpu(async (gpu) => {
     const config = tinyConfig();

@@ -51,6 +51,8 @@ export interface StageOutput {
   gpuMs: number;
   /** Wall time of fetching the outputs once the GPU was done. */
   readbackMs: number;
+  /** From the end of the step before to the beginning of this one, by the GPU's own clock. */
+  gpuIdleMs?: number;
 }
 
 /** A stage that runs steps: what {@linkcode StageModel} offers, as an interface for stand-ins. */
@@ -58,15 +60,24 @@ export interface StageSteps {
   /** Bytes of GPU memory it holds: weights, pages, scratch, staging. */
   readonly memoryBytes: number;
   /**
-   * Checks a batch against the stage's limits and queues it on the GPU; returns at once. At most
-   * `LIMITS.maxStepsInFlightPerStage` steps may be unfinished.
+   * Checks a batch against the stage's limits and queues it: it runs as soon as the step before it is
+   * done. Returns at once. At most `LIMITS.maxStepsInFlightPerStage` steps may be unfinished.
    *
    * @param hidden float16 bits `(rows, hiddenSize)` of the previous stage; null for the first stage
    * @throws FleetError `bad-frame` before anything is touched
    */
   submit(batch: StepBatch, hidden: Uint16Array | null): Ticket;
+  /** Encodes ahead what the next step will likely bring; does that while the GPU works. */
+  prepare(): void;
   /**
-   * Waits for the oldest unfinished step and fetches its outputs. Blocks its thread meanwhile.
+   * How long the GPU will surely still work on the oldest unfinished step, judged by earlier steps of
+   * the same counts; 0 or less when nothing is known, or its end is near. Whoever has better things
+   * to do than to block in {@linkcode finish} does them meanwhile.
+   */
+  busyForMs(): number;
+  /**
+   * Waits for the oldest unfinished step, starts the one queued behind it, and fetches the outputs.
+   * Blocks its thread meanwhile.
    *
    * @throws FleetError `gpu` when the device failed at any time since it was opened: fatal
    */

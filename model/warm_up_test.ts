@@ -16,6 +16,8 @@ function recorder(spec: Parameters<typeof warmUp>[1]) {
       seen.push({ decode, prefill: rowToken.length - decode, requests: requests.length });
       return { id: seen.length };
     },
+    prepare() {},
+    busyForMs: () => 0,
     finish: () => Promise.resolve({ hidden: null, results: [], gpuMs: 0, readbackMs: 0 }),
     destroy() {},
   };

@@ -4,27 +4,14 @@
  *
  * @module
  */
-import { encodeFrame } from "../shared/codec.ts";
 import type { FleetError } from "../shared/errors.ts";
-import type { StepBatch, StepFrame } from "../shared/frames.ts";
 import type { ModelConfig } from "../shared/model_config.ts";
 import type { AssignStage } from "../shared/protocol.ts";
 import type { GpuCalls, OpenedGpu, OpenGpu } from "./gpu_calls.ts";
 import type { PartLocation } from "./part_location.ts";
-import type { RunnerOutput } from "./stage.ts";
+import { frameRunner } from "./step_crossing.ts";
 import { Thread } from "./thread.ts";
 import type { LoadedStage, LoadNote, StageLoader } from "./worker.ts";
-
-/** Only the rows of a step cross to the GPU thread: where it stands in the order of things is ours. */
-const UNORDERED: Omit<StepFrame, "batch" | "hidden"> = {
-  type: "step",
-  epoch: 1,
-  attempt: 1,
-  attemptBase: 1,
-  step: 1,
-  issuedAtMs: 0,
-  traces: [],
-};
 
 /** The GPU, on its own thread. */
 export class GpuClient implements StageLoader<PartLocation> {
@@ -57,14 +44,10 @@ export class GpuClient implements StageLoader<PartLocation> {
     const { memoryBytes } = await this.#thread.call("load", args, { onNote: tell });
     return {
       memoryBytes,
-      runner: { run: (batch, hidden) => this.#run(epoch, batch, hidden) },
+      runner: frameRunner((frame) =>
+        this.#thread.call("run", { epoch, frame }, { transfer: [frame.buffer] })
+      ),
       destroy: () => this.#thread.call("unload", { epoch }),
     };
-  }
-
-  /** As a frame the whole step is one buffer, and moves. */
-  #run(epoch: number, batch: StepBatch, hidden: Uint16Array | null): Promise<RunnerOutput> {
-    const frame = encodeFrame({ ...UNORDERED, batch, hidden });
-    return this.#thread.call("run", { epoch, frame }, { transfer: [frame.buffer] });
   }
 }

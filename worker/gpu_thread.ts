@@ -9,12 +9,12 @@ import { calibrate } from "../kernels/calibration.ts";
 import { Gpu } from "../kernels/gpu.ts";
 import { selfTest } from "../kernels/self_test.ts";
 import { sleep, systemClock } from "../shared/clock.ts";
-import { decodeFrame } from "../shared/codec.ts";
 import { FleetError, invariant } from "../shared/errors.ts";
 import type { TuningMemory } from "../model/tuning.ts";
 import type { GpuCalls } from "./gpu_calls.ts";
 import { ModelLoader } from "./model_loader.ts";
 import { openParts } from "./part_location.ts";
+import { runFrame } from "./step_crossing.ts";
 import { serveThread } from "./thread.ts";
 import type { LoadedStage } from "./worker.ts";
 
@@ -41,7 +41,7 @@ function fileMemory(path: string): TuningMemory {
   };
 }
 
-serveThread<GpuCalls>({
+const mailbox = serveThread<GpuCalls>({
   async open({ software, tuningFile }, { tell }) {
     gpu = await Gpu.open({ software });
     tell(`${gpu.info.name}: testing every kernel against its reference`);
@@ -50,7 +50,7 @@ serveThread<GpuCalls>({
     const calibration = await calibrate(gpu);
     // A software adapter runs the defaults: it has little speed to gain.
     const tuning = gpu.info.software ? null : fileMemory(tuningFile);
-    loader = new ModelLoader(gpu, systemClock, tuning);
+    loader = new ModelLoader(gpu, systemClock, tuning, mailbox);
     return {
       info: gpu.info,
       maxBindingBytes: gpu.limits.maxStorageBufferBindingSize,
@@ -72,11 +72,7 @@ serveThread<GpuCalls>({
     if (stage?.epoch !== epoch) {
       throw new FleetError("cancelled", `The stage of epoch ${epoch} is gone`);
     }
-    const step = decodeFrame(frame);
-    invariant(step.type === "step", "a step is run");
-    const output = await stage.loaded.runner.run(step.batch, step.hidden);
-    if (output.hidden) transfer.push(output.hidden.buffer);
-    return output;
+    return await runFrame(stage.loaded.runner, frame, transfer);
   },
 
   async unload({ epoch }) {

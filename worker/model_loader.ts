@@ -15,6 +15,7 @@ import type { StepBatch } from "../shared/frames.ts";
 import type { ModelConfig, PartName, TensorSource } from "../shared/model_config.ts";
 import type { AssignStage } from "../shared/protocol.ts";
 import type { RunnerOutput, StageRunner } from "./stage.ts";
+import type { Mailbox } from "./thread.ts";
 import type { LoadedStage, LoadNote, PartOrigin, StageLoader } from "./worker.ts";
 
 /** A part that can be read. */
@@ -29,12 +30,17 @@ export class ModelLoader implements StageLoader<ReadablePart> {
   readonly #clock: Clock;
   readonly #weights: WeightStore;
   readonly #tuning: TuningMemory | null;
+  readonly #mailbox: Mailbox | undefined;
 
-  /** @param tuning where kernel variants are remembered; without it the defaults run */
-  constructor(gpu: Gpu, clock: Clock, tuning: TuningMemory | null = null) {
+  /**
+   * @param tuning where kernel variants are remembered; without it the defaults run
+   * @param mailbox of the thread that all this runs on, where it has one of its own
+   */
+  constructor(gpu: Gpu, clock: Clock, tuning: TuningMemory | null = null, mailbox?: Mailbox) {
     this.#gpu = gpu;
     this.#clock = clock;
     this.#tuning = tuning;
+    this.#mailbox = mailbox;
     this.#weights = new WeightStore(gpu);
   }
 
@@ -71,7 +77,7 @@ export class ModelLoader implements StageLoader<ReadablePart> {
       model.destroy();
       throw error;
     }
-    const runner = modelRunner(model, this.#clock);
+    const runner = modelRunner(model, this.#clock, this.#mailbox);
     return {
       runner,
       memoryBytes: model.memoryBytes,
@@ -103,20 +109,46 @@ export interface DrainableRunner extends StageRunner {
 }
 
 /**
- * A model as a runner. A step is submitted as soon as it comes, also behind one that the GPU still
- * runs. Waiting for a step blocks the thread, so the mailbox is emptied before each wait: what has
- * arrived by then is queued on the GPU first.
+ * A model as a runner. What is to be gained and lost here is the time between two steps, in which the
+ * GPU idles:
+ *
+ * - A step that comes while another one runs is checked, written and encoded at once; the model
+ *   submits it the moment the wait for the older one is over. So no step should come too late for
+ *   that: in a busy pipeline the next one is on its way while this one runs (one microbatch of two
+ *   waits for its tokens while the other one is here), some tenths of a millisecond behind the last
+ *   result. But a thread that blocks on the GPU takes no message.
+ * - So the thread blocks on its mailbox instead, for as long as the GPU will surely still be at work
+ *   ({@linkcode StageSteps.busyForMs}), and turns to the GPU just before the end.
+ * - A step that has nobody behind it is read the moment it is done, for the wait on the GPU begins
+ *   before its end in any case.
+ * - What can be done before the next step is known, is done first: encoding its layers as if it were
+ *   like this one.
+ *
+ * @param mailbox of the GPU's own thread; without one, the messages that have arrived are let in once
+ * per step
  */
-export function modelRunner(model: StageSteps, clock: Clock): DrainableRunner {
+export function modelRunner(
+  model: StageSteps,
+  clock: Clock,
+  mailbox?: Mailbox,
+): DrainableRunner {
   let tail: Promise<unknown> = Promise.resolve();
   let freeAtMs = 0;
   let draining = false;
+  const letStepsIn = async () => {
+    if (!mailbox) return await turnOfEvents();
+    await mailbox.wait(0);
+    model.prepare();
+    for (let ms = model.busyForMs(); ms > 0 && !draining; ms = model.busyForMs()) {
+      await mailbox.wait(ms);
+    }
+  };
   const run = async (batch: StepBatch, hidden: Uint16Array | null): Promise<RunnerOutput> => {
     if (draining) throw new FleetError("cancelled", "The stage is being taken down");
     const submittedAtMs = clock.unixMs();
     const ticket = model.submit(batch, hidden);
     const turn = tail.then(async (): Promise<RunnerOutput> => {
-      await turnOfEvents();
+      await letStepsIn();
       const startedAtMs = Math.max(submittedAtMs, freeAtMs);
       const output: StageOutput = await model.finish(ticket);
       freeAtMs = clock.unixMs();

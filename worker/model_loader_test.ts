@@ -173,6 +173,8 @@ Deno.test("a stage whose kernels cannot be tuned is loaded with the default ones
 class LoggedModel implements StageSteps {
   readonly memoryBytes = 0;
   readonly log: string[] = [];
+  /** When the step that runs will surely still be running. */
+  endsAtMs = 0;
   #id = 0;
   readonly #clock: VirtualClock;
 
@@ -184,6 +186,14 @@ class LoggedModel implements StageSteps {
     const id = this.#id++;
     this.log.push(`submit ${id}`);
     return { id };
+  }
+
+  prepare(): void {
+    this.log.push("prepare");
+  }
+
+  busyForMs(): number {
+    return this.endsAtMs - this.#clock.unixMs();
   }
 
   finish({ id }: Ticket): Promise<StageOutput> {
@@ -203,4 +213,35 @@ Deno.test("modelRunner() submits what has arrived before it waits, and counts th
   const outputs = await Promise.all([runner.run(batch, null), runner.run(batch, null)]);
   assertEquals(model.log, ["submit 0", "submit 1", "finish 0", "finish 1"]);
   assertEquals(outputs.map(({ startedAtMs }) => startedAtMs - startMs), [0, 10]);
+});
+
+Deno.test("modelRunner() looks after its mailbox until a step's end is near, then waits for the GPU", async () => {
+  const clock = new VirtualClock(), model = new LoggedModel(clock);
+  const batch = batchOf([{ sequence: 0, position: 0, token: 1 }]);
+  const startMs = clock.unixMs();
+  model.endsAtMs = startMs + 8;
+  let second: Promise<unknown> | null = null;
+  const runner = modelRunner(model, clock, {
+    wait(ms) {
+      model.log.push(`wait ${ms}`);
+      // The next step comes 3 ms after the first one was submitted.
+      clock.advance(ms === 0 || second ? ms : 3);
+      if (ms > 0) second ??= runner.run(batch, null);
+      return Promise.resolve();
+    },
+  });
+  await runner.run(batch, null);
+  await second;
+  assertEquals(model.log, [
+    "submit 0",
+    "wait 0",
+    "prepare",
+    "wait 8",
+    "submit 1",
+    "wait 5",
+    "finish 0",
+    "wait 0",
+    "prepare",
+    "finish 1",
+  ]);
 });

@@ -14,7 +14,9 @@ type Note<C extends Calls, K extends keyof C> = C[K] extends { note: infer N } ?
 /** From the caller. `call` and `args` belong together as the map of calls says. */
 type Request<C extends Calls> =
   | { type: "call"; id: number; call: keyof C; args: unknown }
-  | { type: "abort"; id: number };
+  | { type: "abort"; id: number }
+  /** Comes first: one word that counts what was sent after it, and wakes a thread that waits for it. */
+  | { type: "bell"; bell: SharedArrayBuffer };
 
 /** From the thread. */
 type Reply =
@@ -42,6 +44,7 @@ export class Thread<C extends Calls> {
   /** Why the thread is dead; resolves once, and only when it was not closed. */
   readonly death: Promise<FleetError>;
   readonly #worker: Worker;
+  readonly #bell = new Int32Array(new SharedArrayBuffer(4));
   readonly #pending = new Map<number, Pending>();
   #calls = 0;
   #dead: FleetError | null = null;
@@ -53,6 +56,8 @@ export class Thread<C extends Calls> {
   constructor(url: URL, name: string) {
     this.#worker = new Worker(url, { type: "module", name });
     this.#worker.onmessage = ({ data }) => this.#receive(data);
+    const bell: Request<C> = { type: "bell", bell: this.#bell.buffer as SharedArrayBuffer };
+    this.#worker.postMessage(bell);
     this.death = new Promise((resolve) => {
       this.#worker.onerror = (event) => {
         // Without this, Deno ends the whole process.
@@ -71,7 +76,7 @@ export class Thread<C extends Calls> {
     if (this.#dead) return Promise.reject(this.#dead);
     const id = this.#calls++;
     return new Promise((resolve, reject) => {
-      const abort = () => this.#worker.postMessage({ type: "abort", id } satisfies Request<C>);
+      const abort = () => this.#send({ type: "abort", id });
       const settle = <T>(end: (value: T) => void) => (value: T) => {
         options.signal?.removeEventListener("abort", abort);
         end(value);
@@ -81,8 +86,7 @@ export class Thread<C extends Calls> {
         reject: settle(reject),
         onNote: options.onNote as (note: unknown) => void,
       });
-      const request: Request<C> = { type: "call", id, call, args };
-      this.#worker.postMessage(request, options.transfer ?? []);
+      this.#send({ type: "call", id, call, args }, options.transfer);
       if (options.signal?.aborted) abort();
       else options.signal?.addEventListener("abort", abort, { once: true });
     });
@@ -91,6 +95,13 @@ export class Thread<C extends Calls> {
   /** Ends the thread at once; calls in progress are rejected. Idempotent. */
   close(): void {
     this.#end(new FleetError("cancelled", "The thread was closed"));
+  }
+
+  /** The bell rings behind the message: whoever hears it finds the message there. */
+  #send(request: Request<C>, transfer: Transferable[] = []): void {
+    this.#worker.postMessage(request, transfer);
+    Atomics.add(this.#bell, 0, 1);
+    Atomics.notify(this.#bell, 0);
   }
 
   #end(error: FleetError): FleetError {
@@ -134,11 +145,57 @@ interface ThreadScope {
   postMessage(message: unknown, transfer: Transferable[]): void;
 }
 
+/** What comes to a thread. */
+export interface Mailbox {
+  /**
+   * Blocks the thread until a message is sent, `ms` at most, and resolves once those sent by then have
+   * come to their handlers. A timer would be a millisecond late, and so would a message that finds the
+   * thread asleep in one.
+   */
+  wait(ms: number): Promise<void>;
+}
+
+class ThreadMailbox implements Mailbox {
+  #bell: Int32Array | null = null;
+  /** Messages that have come, as the bell counts them. */
+  #taken = 0;
+  readonly #channel = new MessageChannel();
+
+  open(bell: SharedArrayBuffer): void {
+    this.#bell = new Int32Array(bell);
+  }
+
+  take(): void {
+    this.#taken = (this.#taken + 1) | 0;
+  }
+
+  async wait(ms: number): Promise<void> {
+    if (this.#bell && ms > 0) Atomics.wait(this.#bell, 0, this.#taken, ms);
+    do await this.#turn(); while (this.#bell && this.#left(this.#bell) > 0);
+  }
+
+  #left(bell: Int32Array): number {
+    return (Atomics.load(bell, 0) - this.#taken) | 0;
+  }
+
+  /** A turn of the event loop. */
+  #turn(): Promise<void> {
+    const { port1, port2 } = this.#channel;
+    return new Promise((resolve) => {
+      port1.onmessage = () => resolve();
+      port2.postMessage(null);
+    });
+  }
+}
+
 /** The thread's end: answers calls from now on. */
-export function serveThread<C extends Calls>(handlers: Handlers<C>): void {
+export function serveThread<C extends Calls>(handlers: Handlers<C>): Mailbox {
   const scope = globalThis as unknown as ThreadScope;
   const running = new Map<number, AbortController>();
+  const mailbox = new ThreadMailbox();
   scope.onmessage = async ({ data }: MessageEvent<Request<C>>) => {
+    if (data.type === "bell") return mailbox.open(data.bell);
+    mailbox.take();
     const { id } = data;
     if (data.type === "abort") return running.get(id)?.abort();
     const { call, args } = data;
@@ -158,4 +215,5 @@ export function serveThread<C extends Calls>(handlers: Handlers<C>): void {
       running.delete(id);
     }
   };
+  return mailbox;
 }

@@ -13,12 +13,21 @@ export type TestCalls = {
   /** Counts until aborted. */
   count: { args: null; result: string; note: number };
   refuse: { args: { reason: string }; result: never };
+  /** Blocks the thread for its next message, in vain for at most `ms`; how often and how long. */
+  wait: {
+    args: { ms: number };
+    result: { waits: number; ms: number; doubled: number };
+    note: null;
+  };
   /** Throws where nobody catches. */
   die: { args: null; result: never };
 };
 
-serveThread<TestCalls>({
+let doubled = 0;
+
+const mailbox = serveThread<TestCalls>({
   double: ({ bytes }, { transfer }) => {
+    doubled++;
     for (let i = 0; i < bytes.length; i++) bytes[i] *= 2;
     transfer.push(bytes.buffer);
     return bytes;
@@ -34,6 +43,18 @@ serveThread<TestCalls>({
     }),
   refuse: ({ reason }) => {
     throw new FleetError("disk", reason);
+  },
+  async wait({ ms }, { tell }) {
+    const fromMs = performance.now(), before = doubled;
+    const passedMs = () => performance.now() - fromMs;
+    await mailbox.wait(0);
+    tell(null);
+    let waits = 0;
+    while (doubled === before && passedMs() < ms) {
+      await mailbox.wait(ms - passedMs());
+      waits++;
+    }
+    return { waits, ms: passedMs(), doubled: doubled - before };
   },
   die: () => {
     setTimeout(() => {

@@ -48,3 +48,16 @@ Deno.test("closing a thread rejects its calls", async () => {
   thread.close();
   await assertRejects(() => call, FleetError, "closed");
 });
+
+Deno.test("a thread that waits for a message wakes when it comes, and has it; or when time is up", async () => {
+  const thread = start();
+  const waiting = Promise.withResolvers<void>();
+  const woken = thread.call("wait", { ms: 60_000 }, { onNote: () => waiting.resolve() });
+  await waiting.promise;
+  await thread.call("double", { bytes: new Uint8Array(4) });
+  const { waits, doubled } = await woken;
+  assert(waits <= 2 && doubled === 1, `${doubled} messages in ${waits} waits`);
+  const inVain = await thread.call("wait", { ms: 5 });
+  assert(inVain.doubled === 0 && inVain.ms >= 5, `${inVain.ms} ms`);
+  thread.close();
+});

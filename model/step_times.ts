@@ -1,0 +1,45 @@
+/**
+ * How long the GPU worked on steps of which kind: what tells how long it will on the next one.
+ *
+ * @module
+ */
+import type { TransformerShape } from "../kernels/transformer/mod.ts";
+
+/** Kinds of steps that are remembered; decoding brings few, the least of all times serves the rest. */
+const MOST_KINDS = 256;
+/** The next step of a kind takes at least this share of the last one's time. */
+const SURE_SHARE = 0.98;
+
+/** GPU times of steps by their counts. */
+export class StepTimes {
+  readonly #lastMs = new Map<string, number>();
+  #leastMs = Infinity;
+
+  /** @param counts as {@linkcode surelyMs} is asked for them: context lengths rounded alike */
+  record(counts: TransformerShape, gpuMs: number): void {
+    const kind = kindOf(counts);
+    this.#lastMs.delete(kind); // set anew it is the youngest
+    if (this.#lastMs.size === MOST_KINDS) {
+      for (const oldest of this.#lastMs.keys()) {
+        this.#lastMs.delete(oldest);
+        break;
+      }
+    }
+    this.#lastMs.set(kind, gpuMs);
+    this.#leastMs = Math.min(this.#leastMs, gpuMs);
+  }
+
+  /**
+   * A time for which the GPU will surely work on a step. Of a kind not seen yet it is the least of all
+   * times: every step reads all weights.
+   */
+  surelyMs(counts: TransformerShape): number {
+    const expectedMs = this.#lastMs.get(kindOf(counts)) ?? this.#leastMs;
+    return Number.isFinite(expectedMs) ? expectedMs * SURE_SHARE : 0;
+  }
+}
+
+function kindOf(counts: TransformerShape): string {
+  const { decodeRows, rows, prefillTiles, contextTokens, outputs } = counts;
+  return `${decodeRows} ${rows} ${prefillTiles} ${contextTokens} ${outputs}`;
+}

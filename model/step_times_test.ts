@@ -1,0 +1,28 @@
+import { assertAlmostEquals, assertEquals } from "@std/assert";
+import { StepTimes } from "./step_times.ts";
+
+const decode = (rows: number) => ({
+  decodeRows: rows,
+  rows,
+  outputs: rows,
+  contextTokens: 256,
+  prefillTiles: 0,
+});
+
+Deno.test("StepTimes foretells a step by the last one of its kind, an unknown one by the shortest", () => {
+  const times = new StepTimes();
+  assertEquals(times.surelyMs(decode(1)), 0);
+  times.record(decode(1), 4);
+  times.record(decode(8), 10);
+  times.record(decode(8), 20);
+  assertAlmostEquals(times.surelyMs(decode(8)), 19.6, 1e-9);
+  assertAlmostEquals(times.surelyMs(decode(2)), 3.92, 1e-9);
+});
+
+Deno.test("StepTimes forgets the kinds it has not seen for long", () => {
+  const times = new StepTimes();
+  for (let rows = 1; rows <= 300; rows++) times.record(decode(rows), rows + 100);
+  assertAlmostEquals(times.surelyMs(decode(300)), 392, 1e-9);
+  assertAlmostEquals(times.surelyMs(decode(44)), 101 * 0.98, 1e-9);
+  assertAlmostEquals(times.surelyMs(decode(45)), 145 * 0.98, 1e-9);
+});
