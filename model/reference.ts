@@ -6,9 +6,11 @@
  */
 import { toFloat32 } from "../shared/checkpoint/mod.ts";
 import {
+  codesPerWord,
   LINEAR_NAMES,
   type LinearName,
   linearShape,
+  matrixFormat,
   type ModelConfig,
   type TensorSource,
 } from "../shared/model_config.ts";
@@ -160,7 +162,8 @@ async function readMatrix(
   if (tensors.has(`${name}.weight`)) {
     return { n, k, values: await readFloats(tensors, `${name}.weight`) };
   }
-  const { m, v, g } = config.codegemm!;
+  const { m, v, g, b } = matrixFormat(config.codegemm!, k);
+  const perWord = codesPerWord({ b }), codeBytes = 4 / perWord;
   const codes = await tensors.read(`${name}.codes`, 0, tensors.info(`${name}.codes`).bytes);
   const codebooks = await readFloats(tensors, `${name}.codebooks`);
   const scales = await readFloats(tensors, `${name}.scales`);
@@ -170,9 +173,10 @@ async function readMatrix(
       const position = Math.floor(column / v);
       let sum = 0;
       for (let book = 0; book < m; book++) {
-        const word = (book * k / v / 4 + Math.floor(position / 4)) * n + row;
-        const code = codes[word * 4 + position % 4];
-        sum += codebooks[(book * 256 + code) * v + column % v];
+        const word = (book * k / v / perWord + Math.floor(position / perWord)) * n + row;
+        const at = word * 4 + (position % perWord) * codeBytes;
+        const code = codeBytes === 1 ? codes[at] : codes[at] + 256 * codes[at + 1];
+        sum += codebooks[(book * 2 ** b + code) * v + column % v];
       }
       values[row * k + column] = sum * scales[Math.floor(column / g) * n + row];
     }

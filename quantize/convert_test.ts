@@ -1,86 +1,24 @@
 import { assert, assertEquals, assertRejects } from "@std/assert";
 import { dequantize, readCodeTensors } from "../kernels/linear/reference.ts";
-import {
-  checkpointFiles,
-  randomTensors,
-  tensorBytes,
-  TINY_CONFIG,
-} from "../shared/checkpoint/fixture.ts";
+import { randomTensors, tensorBytes, TINY_CONFIG } from "../shared/checkpoint/fixture.ts";
 import { memorySource, openCheckpoint, type TensorBytes } from "../shared/checkpoint/mod.ts";
 import { FleetError } from "../shared/errors.ts";
-import { LINEAR_NAMES, ROW_SCALE } from "../shared/model_config.ts";
-import { randomInt, seededRandom } from "../shared/random.ts";
+import { ROW_SCALE } from "../shared/model_config.ts";
+import {
+  type AqlmFixture,
+  aqlmFixture,
+  type AqlmFormat,
+  type AqlmOptions,
+} from "./aqlm_fixture.ts";
 import { convertAqlm } from "./convert.ts";
 import { memoryWork } from "./work_files.ts";
 
-type Files = Record<string, Uint8Array | string>;
 const MATRICES = 14;
 
-/** An AQLM format: m codebooks of 2^b vectors of v weights. */
-interface Aqlm {
-  m: number;
-  v: number;
-  b: number;
-}
+const aqlmFiles = (format: AqlmFormat, options?: AqlmOptions) =>
+  aqlmFixture(TINY_CONFIG, format, options);
 
-/**
- * A tiny AQLM checkpoint, and the weights that its codes stand for. Codes are written as the AQLM
- * library packs them: those of half the codebook and more less `2^b`, into the next signed integer.
- */
-function aqlmFiles(
-  { m, v, b }: Aqlm,
-  { unsigned = false, section = {}, change = (tensors: TensorBytes[]) => tensors } = {},
-): { files: Files; weights: Map<string, Float64Array> } {
-  const random = seededRandom(2), weights = new Map<string, Float64Array>();
-  const tensors = randomTensors(TINY_CONFIG).flatMap((tensor) => {
-    if (!LINEAR_NAMES.some((name) => tensor.name.endsWith(`${name}.weight`))) return [tensor];
-    const matrix = tensor.name.replace(/\.weight$/, ""), [n, k] = tensor.shape;
-    const codes = Array.from({ length: n * k / v * m }, () => randomInt(random, 2 ** b));
-    const stored = codes.map((code) => code >= 2 ** (b - 1) ? code - 2 ** b : code);
-    const halves = (count: number) =>
-      Float16Array.from({ length: count }, () => randomInt(random, 64) / 16 - 2);
-    const books = halves(m * 2 ** b * v), scales = halves(n);
-    weights.set(
-      matrix,
-      Float64Array.from({ length: n * k }, (_, at) => {
-        const vector = Math.floor(at / v);
-        let sum = 0;
-        for (let j = 0; j < m; j++) {
-          sum += books[(j * 2 ** b + codes[vector * m + j]) * v + at % v];
-        }
-        return sum * scales[Math.floor(at / k)];
-      }),
-    );
-    const dtype = b > 8 ? "I16" : "I8";
-    const packed = b > 8 ? Int16Array.from(stored) : Int8Array.from(stored);
-    return [
-      tensorBytes(`${matrix}.codes`, dtype, [n, k / v, m], new Uint8Array(packed.buffer)),
-      tensorBytes(`${matrix}.codebooks`, "F16", [m, 2 ** b, 1, v], new Uint8Array(books.buffer)),
-      tensorBytes(`${matrix}.scales`, "F16", [n, 1, 1, 1], new Uint8Array(scales.buffer)),
-    ];
-  });
-  const quantization_config = {
-    quant_method: "aqlm",
-    in_group_size: v,
-    out_group_size: 1,
-    num_codebooks: m,
-    nbits_per_codebook: b,
-    linear_weights_not_to_quantize: ["lm_head.weight"],
-    ...section,
-  };
-  const files = checkpointFiles({ ...TINY_CONFIG, quantization_config }, change(tensors));
-  if (unsigned) toUnsigned(files["model.safetensors"] as Uint8Array);
-  return { files: { ...files, "tokenizer.json": "{}" }, weights };
-}
-
-/** Calls integer tensors unsigned, in place: their bits are the same. */
-function toUnsigned(file: Uint8Array): void {
-  const header = file.subarray(8, 8 + new DataView(file.buffer).getUint32(0, true));
-  const text = new TextDecoder().decode(header).replaceAll(/"I(8|16)"/g, '"U$1"');
-  header.set(new TextEncoder().encode(text));
-}
-
-async function convert(files: Files): Promise<Map<string, Uint8Array<ArrayBuffer>>> {
+async function convert(files: AqlmFixture["files"]): Promise<Map<string, Uint8Array<ArrayBuffer>>> {
   const out = new Map<string, Uint8Array<ArrayBuffer>>();
   await convertAqlm(memorySource(files), memoryWork(out), 2 ** 30);
   return out;
@@ -128,7 +66,7 @@ Deno.test("matrices that AQLM left as they were stay so", async () => {
 });
 
 Deno.test("what AQLM has and cannot run is refused by name, before anything is written", async () => {
-  const refuse = async (words: string, options: Parameters<typeof aqlmFiles>[1], b = 8) => {
+  const refuse = async (words: string, options: AqlmOptions, b = 8) => {
     const { files } = aqlmFiles({ m: b > 8 ? 1 : 2, v: 4, b }, options);
     const out = new Map<string, Uint8Array<ArrayBuffer>>();
     const error = await assertRejects(

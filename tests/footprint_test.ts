@@ -29,16 +29,24 @@ const configs: Record<string, ModelConfig> = {
     heads: 8,
     codegemm: { m: 1, v: 4, g: 64, b: 8 },
   }),
+  // Small beside its codebooks of a MiB for each matrix, stacked where they can be.
+  "a model of 16-bit codes": tinyConfig({
+    ffnSize: 256,
+    headDim: 64,
+    heads: 4,
+    kvHeads: 4,
+    codegemm: { m: 1, v: 8, g: -1, b: 16 },
+  }),
 };
 
 Deno.test("what a stage takes on the GPU stays within what the planner counts with", async (t) => {
   const gpu = await Gpu.open({ software: true });
   for (const [name, config] of Object.entries(configs)) {
+    const tensors = randomModel(config, 1);
     for (const [from, to] of [[0, config.layers], [0, 1], [1, 2], [2, 3]]) {
       await t.step(`${name}, layers ${from} to ${to - 1}`, async () => {
         const range = { from, to, first: from === 0, last: to === config.layers };
         const weights = new WeightStore(gpu);
-        const tensors = randomModel(config, 1);
         for (const part of stageParts(range)) await weights.load(config, part, tensors);
         const profile = { version: 1, decode: "codegemm" } as const;
         const stage = await StageModel.load(gpu, { config, ...range, limits, profile }, weights);

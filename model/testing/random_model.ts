@@ -8,6 +8,8 @@ import { FleetError } from "../../shared/errors.ts";
 import {
   type DType,
   DTYPE_BYTES,
+  LINEAR_NAMES,
+  linearShape,
   type ModelConfig,
   type PartName,
   type TensorInfo,
@@ -133,8 +135,8 @@ function elementOf(random: Random, config: ModelConfig, name: string, shape: num
   if (name.endsWith("norm.weight")) return 1 + 0.2 * gaussian(random);
   if (name.endsWith(".codebooks")) return gaussian(random) / Math.sqrt(shape[0]);
   if (name.endsWith(".scales")) {
-    const { g } = config.codegemm!;
-    return (0.5 + random()) / Math.sqrt(g * shape[0]);
+    const linear = LINEAR_NAMES.find((each) => name.endsWith(`.${each}.scales`))!;
+    return (0.5 + random()) / Math.sqrt(linearShape(config, linear)[1]);
   }
   if (name === "model.embed_tokens.weight") return gaussian(random);
   return 1.5 * gaussian(random) / Math.sqrt(shape[1]);
