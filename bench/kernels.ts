@@ -17,6 +17,7 @@ import {
   syntheticCodes,
   syntheticDense,
 } from "../kernels/linear/mod.ts";
+import { parseFormatName } from "../shared/checkpoint/mod.ts";
 import { FleetError } from "../shared/errors.ts";
 import { parseFlags, runCommand } from "../shared/flags.ts";
 import type { CodeGemmFormat } from "../shared/model_config.ts";
@@ -173,10 +174,9 @@ async function measure(
 
 function parseFormat(text: string): CodeGemmFormat | null {
   if (text === "dense") return null;
-  const match = /^m(\d+)v(\d+)g(\d+)$/.exec(text);
-  if (!match) throw new FleetError("bad-usage", `--format takes dense or m1v4g128, not ${text}`);
-  const [m, v, g] = match.slice(1).map(Number);
-  return { m, v, g, b: 8 };
+  const format = parseFormatName(text);
+  if (format) return format;
+  throw new FleetError("bad-usage", `--format takes dense, m1v4g128 or m1v8b16, not ${text}`);
 }
 
 /** A row per family and number of rows, a column per matrix, and what a layer takes. */
@@ -209,7 +209,7 @@ async function main(): Promise<void> {
       format: {
         type: "string",
         default: "m1v4g128,m2v8g128",
-        help: "dense or m..v..g.., separated by commas",
+        help: "dense, m1v4g128, m1v8b16 (AQLM's 1x16), ..., separated by commas",
       },
       family: { type: "string", default: FAMILIES.join(), help: "codegemm, dequantize, prefill" },
       rows: { type: "string", default: "1,2,4,8,16,32,64", help: "rows of decode steps" },
@@ -234,7 +234,9 @@ async function main(): Promise<void> {
       const copies = await makeCopies(gpu, matrix, format, cacheBytes);
       const [{ n, k, bytes }] = copies;
       for (const family of families) {
+        // Dense has one family of decode kernels; codes of more than 8 bits the dequantizing one.
         if (format === null && family === "dequantize") continue;
+        if (format !== null && format.b > 8 && family === "codegemm") continue;
         const counts = family === "prefill" ? values["prefill-rows"] : values.rows;
         for (const rows of counts.split(",").map(Number)) {
           const microseconds = await measure(gpu, timer, copies, family, rows);

@@ -1,10 +1,11 @@
 /**
- * Every linear kernel against the exact product: dense, and two codebook formats with both families
- * of decode kernels.
+ * Every linear kernel against the exact product: dense, two codebook formats with both families of
+ * decode kernels, and AQLM's 1x16, which has one.
  *
  * @module
  */
-import type { CodeGemmFormat } from "../../shared/model_config.ts";
+import { formatName } from "../../shared/checkpoint/mod.ts";
+import { type CodeGemmFormat, ROW_SCALE } from "../../shared/model_config.ts";
 import type { NumericsProfile } from "../../shared/protocol.ts";
 import { loadMatrix, type MatrixShape, randomTensors } from "../linear/mod.ts";
 import { dequantize, exactProduct, readCodeTensors } from "../linear/reference.ts";
@@ -19,6 +20,7 @@ const FORMATS: (CodeGemmFormat | null)[] = [
   null,
   { m: 1, v: 4, g: 128, b: 8 },
   { m: 2, v: 8, g: 128, b: 8 },
+  { m: 1, v: 8, g: ROW_SCALE, b: 16 },
 ];
 /** Of the sum of the products' magnitudes: float16 sums of up to 16 products, and float16 Psumbooks. */
 const TOLERANCE = 2 ** -11;
@@ -27,9 +29,9 @@ const TOLERANCE = 2 ** -11;
 export async function checkLinear(bench: Workbench): Promise<Comparison[]> {
   const comparisons: Comparison[] = [];
   for (const format of FORMATS) {
-    const families: NumericsProfile["decode"][] = format ? ["codegemm", "dequantize"] : [
-      "codegemm",
-    ];
+    const families: NumericsProfile["decode"][] = format?.b === 8
+      ? ["codegemm", "dequantize"]
+      : ["codegemm"];
     for (const family of families) comparisons.push(await checkMatrix(bench, format, family));
   }
   return comparisons;
@@ -60,7 +62,7 @@ async function checkMatrix(
     (_, row) => exactProduct(weights, SHAPE, x.subarray(row * k, (row + 1) * k)),
   );
   const magnitudes = exact.flatMap(({ magnitude }) => [...magnitude]);
-  const name = format ? `m${format.m}v${format.v}g${format.g}, ${family}` : "dense";
+  const name = format ? `${formatName(format)}, ${family}` : "dense";
   return {
     kernel: `linear (${name})`,
     actual: y,
