@@ -46,6 +46,11 @@ const BENCHMARKS: Record<string, Benchmark> = {
     runner: "run",
     what: "weights into the object store and out of it",
   },
+  quantize: {
+    file: "bench/quantize.ts",
+    runner: "run",
+    what: "quantizing a layer with calibration: seconds by phase, memory (--shape llama-3-70b)",
+  },
   sampling: {
     file: "kernels/sampling/sampler_bench.ts",
     runner: "bench",

@@ -24,9 +24,11 @@ export interface SyntheticOptions {
   shape: ShapeName;
   /** Fewer than the shape's own, for machines and times of less. */
   layers: number;
-  /** `m1v4g128` and the like. */
-  format: { m: number; v: number; g: number };
+  /** `m1v4g128` and the like; null for float16 weights. */
+  format: { m: number; v: number; g: number } | null;
   contextTokens: number;
+  /** Fewer tokens than the shape's own, where embedding and output head are not the point. */
+  vocab?: number;
 }
 
 /** Weights come in repeats of this much randomness. */
@@ -79,8 +81,8 @@ export async function writeSyntheticCheckpoint(
   return bytes;
 }
 
-function configOf({ shape, layers, format, contextTokens }: SyntheticOptions) {
-  const { hidden, heads, kvHeads, ffn, vocab } = SHAPES[shape];
+function configOf({ shape, layers, format, contextTokens, vocab }: SyntheticOptions) {
+  const { hidden, heads, kvHeads, ffn } = SHAPES[shape];
   return {
     architectures: ["LlamaForCausalLM"],
     model_type: "llama",
@@ -91,19 +93,21 @@ function configOf({ shape, layers, format, contextTokens }: SyntheticOptions) {
     num_attention_heads: heads,
     num_key_value_heads: kvHeads,
     head_dim: hidden / heads,
-    vocab_size: vocab,
+    vocab_size: vocab ?? SHAPES[shape].vocab,
     max_position_embeddings: contextTokens,
     rms_norm_eps: 1e-5,
     rope_theta: 500000,
     tie_word_embeddings: false,
     bos_token_id: 0,
     eos_token_id: 1,
-    codegemm: {
-      num_codebooks: format.m,
-      vec_len: format.v,
-      group_size: format.g,
-      nbits_per_codebook: 8,
-    },
+    ...(format && {
+      codegemm: {
+        num_codebooks: format.m,
+        vec_len: format.v,
+        group_size: format.g,
+        nbits_per_codebook: 8,
+      },
+    }),
   };
 }
 

@@ -66,6 +66,18 @@ export async function writeBlock(
   await work.write(blockFile(layer), 0, encodeSafetensors(tensors));
 }
 
+/** Reads the tensors of a finished block as they are stored, by name. */
+export async function readBlockBytes(
+  work: WorkFiles,
+  layer: number,
+): Promise<Record<string, Uint8Array<ArrayBuffer>>> {
+  const file = blockFile(layer), out: Record<string, Uint8Array<ArrayBuffer>> = {};
+  for (const { name, fileOffset, bytes } of await readHeader(work, file)) {
+    out[name] = await work.read(file, fileOffset, bytes);
+  }
+  return out;
+}
+
 /** Reads a finished block; matrices that are kept come from the `float` layer. */
 export async function readBlock(
   work: WorkFiles,
@@ -75,12 +87,11 @@ export async function readBlock(
   config: ModelConfig,
   format: CodeGemmFormat,
 ): Promise<LayerArrays> {
-  const file = blockFile(layer), prefix = `model.layers.${layer}`;
-  const places = new Map((await readHeader(work, file)).map((tensor) => [tensor.name, tensor]));
-  const read = async (name: string) => {
-    const place = places.get(`${prefix}.${name}`);
-    invariant(place, `${file} holds ${name}`);
-    return (await work.read(file, place.fileOffset, place.bytes)).buffer;
+  const tensors = await readBlockBytes(work, layer);
+  const read = (name: string) => {
+    const bytes = tensors[`model.layers.${layer}.${name}`];
+    invariant(bytes, `${blockFile(layer)} holds ${name}`);
+    return bytes.buffer;
   };
   const matrices = {} as LayerArrays["matrices"];
   for (const name of LINEAR_NAMES) {
@@ -89,19 +100,18 @@ export async function readBlock(
       continue;
     }
     const stored = {
-      codes: new Uint32Array(await read(`${name}.codes`)),
-      codebooks: new Uint16Array(await read(`${name}.codebooks`)),
-      scales: new Uint16Array(await read(`${name}.scales`)),
+      codes: new Uint32Array(read(`${name}.codes`)),
+      codebooks: new Uint16Array(read(`${name}.codebooks`)),
+      scales: new Uint16Array(read(`${name}.scales`)),
     };
     matrices[name] = fromStored(stored, format, linearShape(config, name));
   }
-  const norm = async (name: string) =>
-    Float32Array.from(new Float16Array(await read(`${name}.weight`)));
+  const norm = (name: string) => Float32Array.from(new Float16Array(read(`${name}.weight`)));
   return {
     matrices,
     norms: {
-      input: await norm("input_layernorm"),
-      post: await norm("post_attention_layernorm"),
+      input: norm("input_layernorm"),
+      post: norm("post_attention_layernorm"),
     },
   };
 }

@@ -13,9 +13,10 @@ import { FleetError } from "../shared/errors.ts";
 import { type CodeGemmFormat, LINEAR_NAMES, type LinearName } from "../shared/model_config.ts";
 import { seededRandom } from "../shared/random.ts";
 import type { Gpu } from "../kernels/gpu.ts";
-import { f16Bytes, layerBytes, readBlock, writeBlock } from "./block_files.ts";
+import { f16Bytes, layerBytes, readBlock, readBlockBytes, writeBlock } from "./block_files.ts";
 import { type CalibrationText, gather, shuffled } from "./calibration_text.ts";
 import { readEnds, readLayer, storedFloat16 } from "./float_layers.ts";
+import { heldMemory } from "./gpu/operation.ts";
 import type { LayerArrays } from "./gpu/tuned_layer.ts";
 import {
   copyFiles,
@@ -24,12 +25,9 @@ import {
   quantizedConfig,
   writeText,
 } from "./output.ts";
-import {
-  type Activations,
-  type BlockReport,
-  type BlockSettings,
-  quantizeBlock,
-} from "./quantize_block.ts";
+import { type Phase, Stopwatch } from "./phases.ts";
+import { type BlockReport, type BlockSettings, quantizeBlock } from "./quantize_block.ts";
+import type { Activations } from "./stage.ts";
 import { type ModelSettings, tuneModel, type TunePoint } from "./tune_model.ts";
 import type { WorkFiles } from "./work_files.ts";
 import { createShardWriter, type FileSink } from "./writer.ts";
@@ -51,10 +49,22 @@ export interface CalibratedReport {
   settings: CalibratedSettings;
   calibration: { tokens: number; sequenceTokens: number; sha256: string };
   adapter: string;
+  /** Of the whole run; where it went on after a stop, of what was left. */
   seconds: number;
-  blocks: (BlockReport & { seconds: number })[];
-  /** Mean divergence from the float model and loss of the next token, as model tuning went on. */
-  model: { losses: TunePoint[]; seconds: number } | null;
+  /** Of looking through all weights before the first block, and of writing the checkpoint. */
+  checkSeconds: number;
+  writeSeconds: number;
+  /** GPU buffers at their most. */
+  gpuPeakBytes: number;
+  blocks: TimedReport[];
+  /** How model tuning went on over the sequences it held back, and the step that it kept. */
+  model: { losses: TunePoint[]; kept: number; seconds: number } | null;
+}
+
+/** What became of a block, and how long each of its phases took. */
+export interface TimedReport extends BlockReport {
+  seconds: number;
+  phases: Record<Phase, number>;
 }
 
 /** What a run takes beside its settings. */
@@ -63,7 +73,11 @@ export interface CalibratedRun {
   clock: Clock;
   sink: FileSink;
   work: WorkFiles;
-  onBlock?(report: BlockReport & { seconds: number }, done: number, total: number): void;
+  /** Hessians that take more are cut into parts; by default what the GPU can bind. */
+  maxHessianBytes?: number;
+  onBlock?(report: TimedReport, done: number, total: number): void;
+  /** Something within a block is finished. */
+  onPart?(layer: number, what: string, seconds: number): void;
   onStep?(done: number, total: number, divergence: number): void;
 }
 
@@ -73,7 +87,7 @@ const STATE = "state.json";
 interface State {
   /** Of everything that decides the result: a run goes on only where it is the same. */
   fingerprint: string;
-  blocks: (BlockReport & { seconds: number })[];
+  blocks: TimedReport[];
 }
 
 /**
@@ -102,9 +116,11 @@ export async function quantizeCalibrated(
   }
   const startMs = clock.nowMs();
   const sha256 = await digest(new Uint8Array(text.ids.slice().buffer));
+  // Model tuning comes after the blocks; a run may go on with other settings of it.
+  const { modelSteps: _steps, rates: _rates, nextTokenShare: _share, ...ofBlocks } = settings;
   const fingerprint = await digest(new TextEncoder().encode(JSON.stringify([
     formatName(format),
-    settings,
+    ofBlocks,
     sha256,
     text.tokens,
     checkpoint.configJson,
@@ -122,7 +138,7 @@ export async function quantizeCalibrated(
     kept: (layer) =>
       new Set(LINEAR_NAMES.filter((name) => !quantized.has(`model.layers.${layer}.${name}`))),
   };
-  await quantizeBlocks(job, state);
+  const checkSeconds = await quantizeBlocks(job, state);
   const tuned = settings.modelSteps > 0 ? await tuneWhole(job) : null;
   const report: CalibratedReport = {
     format: formatName(format),
@@ -130,17 +146,22 @@ export async function quantizeCalibrated(
     calibration: { tokens: text.ids.length, sequenceTokens: text.tokens, sha256 },
     adapter: gpu.info.name,
     seconds: (clock.nowMs() - startMs) / 1000,
+    checkSeconds,
+    writeSeconds: 0,
+    gpuPeakBytes: heldMemory(gpu).peakBytes,
     blocks: state.blocks,
-    model: tuned && { losses: tuned.losses, seconds: tuned.seconds },
+    model: tuned && { losses: tuned.losses, kept: tuned.kept, seconds: tuned.seconds },
   };
   await writeCheckpoint(
     checkpoint,
     format,
     plan,
     report,
-    run.sink,
-    async (layer) =>
-      tuned ? tuned.layers[layer] : await finished(job, layer, await readLayer(checkpoint, layer)),
+    run,
+    (layer) =>
+      tuned
+        ? Promise.resolve(layerBytes(tuned.layers[layer], layer, checkpoint.config, format))
+        : readBlockBytes(work, layer),
     tuned?.finalNorm ?? null,
   );
   await work.clear();
@@ -160,19 +181,26 @@ interface Job {
   kept(layer: number): ReadonlySet<LinearName>;
 }
 
-/** Quantizes the blocks that are not finished yet; each is kept before the next is begun. */
-async function quantizeBlocks(job: Job, state: State): Promise<void> {
+/**
+ * Quantizes the blocks that are not finished yet; each is kept before the next is begun.
+ *
+ * @returns seconds of looking through all weights, before the first block
+ */
+async function quantizeBlocks(job: Job, state: State): Promise<number> {
   const { checkpoint, format, text, settings, run, plan, shape } = job;
   const { config } = checkpoint, { gpu, clock, work } = run;
   const batches = Math.max(
     1,
     Math.floor(Math.min(settings.blockSequences, text.sequences) / shape.sequences),
   );
+  const startMs = clock.nowMs();
+  let checkSeconds = 0;
   if (state.blocks.length === 0) {
     // All of it now, not after hours of work.
     for (const { source } of plan) await storedFloat16(checkpoint, source);
     const chosen = shuffled(text.sequences, settings.seed).subarray(0, batches * shape.sequences);
     await embed(checkpoint, gather(text, chosen), shape, work);
+    checkSeconds = (clock.nowMs() - startMs) / 1000;
   }
   const words = shape.sequences * shape.tokens * config.hiddenSize / 2;
   const streams = (layer: number) => ({
@@ -181,30 +209,42 @@ async function quantizeBlocks(job: Job, state: State): Promise<void> {
   });
   for (let layer = state.blocks.length; layer < config.layers; layer++) {
     const blockMs = clock.nowMs();
+    const watch = new Stopwatch(clock, (what, seconds) => run.onPart?.(layer, what, seconds));
+    const floats = await readLayer(checkpoint, layer);
+    watch.lap("read");
+    watch.tell("weights");
     const made = await quantizeBlock(
       gpu,
       {
         config,
         format,
         shape,
-        layer: await readLayer(checkpoint, layer),
+        layer: floats,
         kept: job.kept(layer),
         inputs: streams(layer),
         outputs: streams(layer + 1),
         batches,
+        maxHessianBytes: run.maxHessianBytes ?? gpu.limits.maxStorageBufferBindingSize,
       },
       settings,
       seededRandom(settings.seed * 2 ** 20 + layer),
+      watch,
     );
     if (!Number.isFinite(made.report.outputError)) {
       throw new FleetError("gpu", `Layer ${layer} came out with numbers that are not finite`);
     }
     await writeBlock(work, layer, made.layer, config, format);
-    state.blocks.push({ ...made.report, seconds: (clock.nowMs() - blockMs) / 1000 });
+    watch.lap("write");
+    state.blocks.push({
+      ...made.report,
+      seconds: (clock.nowMs() - blockMs) / 1000,
+      phases: watch.seconds,
+    });
     await writeState(work, state);
     for (const which of ["float", "quantized"]) await work.remove(`${which}-${layer}.f16`);
     run.onBlock?.(state.blocks.at(-1)!, layer + 1, config.layers);
   }
+  return checkSeconds;
 }
 
 /** Tunes all finished blocks together. */
@@ -226,6 +266,7 @@ async function tuneWhole(job: Job) {
     teacher,
     student,
     work: run.work,
+    clock: run.clock,
     onStep: (done, total, { divergence }) => run.onStep?.(done, total, divergence),
   }, settings);
   return { ...result, seconds: (run.clock.nowMs() - startMs) / 1000 };
@@ -246,10 +287,11 @@ async function writeCheckpoint(
   format: CodeGemmFormat,
   plan: readonly PlannedTensors[],
   report: CalibratedReport,
-  sink: FileSink,
-  layerOf: (layer: number) => Promise<LayerArrays>,
+  { clock, sink }: CalibratedRun,
+  bytesOf: (layer: number) => Promise<Record<string, Uint8Array>>,
   finalNorm: Float32Array | null,
 ): Promise<void> {
+  const startMs = clock.nowMs();
   const writer = await createShardWriter(
     sink,
     plan.flatMap((item) => item.tensors),
@@ -261,7 +303,7 @@ async function writeCheckpoint(
       const layer = Number(/^model\.layers\.(\d+)\./.exec(name)?.[1] ?? -1);
       if (layer >= 0 && !layers.has(layer)) {
         layers.clear(); // One block in memory at a time.
-        layers.set(layer, layerBytes(await layerOf(layer), layer, checkpoint.config, format));
+        layers.set(layer, await bytesOf(layer));
       }
       const made = layer >= 0
         ? layers.get(layer)![name]
@@ -271,6 +313,8 @@ async function writeCheckpoint(
       await writer.write(name, made ?? await storedFloat16(checkpoint, name));
     }
   }
+  report.writeSeconds = (clock.nowMs() - startMs) / 1000;
+  report.seconds += report.writeSeconds;
   await writeText(sink, "quantization.json", JSON.stringify(report, null, 2) + "\n");
   await copyFiles(checkpoint, sink);
   await writeText(sink, "config.json", quantizedConfig(checkpoint.configJson, format));

@@ -71,9 +71,10 @@ const COMMAND = {
     },
     "code-rate": {
       type: "number",
-      default: 0.02,
+      default: 0.06,
       min: 0,
-      help: "how fast model tuning moves what codes follow; 0 leaves the codes alone",
+      help: "how far a step of model tuning moves what codes follow, as a part of the " +
+        "quantization error; 0 leaves the codes alone",
     },
     "next-token-share": {
       type: "number",
@@ -109,6 +110,7 @@ const COMMAND = {
       min: 2 ** 20,
       help: "GPU memory to use; model tuning is left out where it takes more",
     },
+    verbose: { type: "boolean", help: "tell what each part of a block took, as it ends" },
     "dry-run": { type: "boolean", help: "only say what it would take: sizes, memory, time" },
     software: { type: "boolean", help: "calibrate on the CPU where there is no GPU" },
   },
@@ -116,8 +118,8 @@ const COMMAND = {
 
 type Flags = ReturnType<typeof parseFlags<typeof COMMAND.flags>>["values"];
 
-/** Rates of model tuning, relative to the size of what is tuned; they measured best on story-16m. */
-const RATES = { codebooks: 0.003, scales: 0.003, norms: 0.001 };
+/** Rates of model tuning, as parts of the quantization error; they measured best on story-16m. */
+const RATES = { codebooks: 0.009, scales: 0.009, norms: 0.003 };
 /** The largest binding to expect of a GPU, before one is opened. */
 const ASSUMED_BINDING = 2 ** 31;
 /** Groups of each matrix that a block's first codebooks are trained on: enough for 256 centroids. */
@@ -229,11 +231,16 @@ async function calibrated(values: Flags, path: string): Promise<number> {
       const seconds = (performance.now() - startMs) / 1000;
       return `${(seconds / done * (total - done)).toFixed(0)} s to go`;
     };
-    let stepsFromMs: number | null = null;
+    let stepsFromMs: number | null = null, stepsFrom: number | null = null;
     const report = await quantizeCalibrated(checkpoint, format, text, settings, {
       gpu,
       clock: systemClock,
       ...await workDirectory(values.out),
+      onPart(layer, what, seconds) {
+        if (values.verbose) {
+          console.error(`block ${layer + 1}: ${what}, ${seconds.toFixed(1)} s`);
+        }
+      },
       onBlock({ matrices, outputError, seconds }, done, total) {
         const mean = (errors: number[]) =>
           (100 * errors.reduce((sum, error) => sum + error, 0) / errors.length).toFixed(2);
@@ -249,7 +256,8 @@ async function calibrated(values: Flags, path: string): Promise<number> {
       onStep(done, total, divergence) {
         const now = performance.now();
         stepsFromMs ??= now;
-        const each = done > 1 ? (now - stepsFromMs) / (done - 1) : 0;
+        stepsFrom ??= done;
+        const each = done > stepsFrom ? (now - stepsFromMs) / (done - stepsFrom) : 0;
         console.error(
           `step ${done}/${total}: divergence ${divergence.toFixed(4)}, ${
             each.toFixed(0)

@@ -21,7 +21,8 @@ export {
 export type { CodebookSettings } from "./codebooks.ts";
 export { parseFormat } from "./format.ts";
 export { judge, type Judgement, type JudgeOptions } from "./judge.ts";
-export { describePlan, planQuantization, type QuantizationPlan } from "./plan.ts";
+export { type Phase, PHASES } from "./phases.ts";
+export { describePlan, type GpuPhase, planQuantization, type QuantizationPlan } from "./plan.ts";
 export {
   type MatrixSettings,
   type QuantizedMatrix,

@@ -4,10 +4,19 @@
  * @module
  */
 import type { Checkpoint } from "../shared/checkpoint/mod.ts";
-import { type CodeGemmFormat, LINEAR_NAMES, linearShape } from "../shared/model_config.ts";
+import {
+  type CodeGemmFormat,
+  LINEAR_NAMES,
+  type LinearName,
+  linearShape,
+  type ModelConfig,
+} from "../shared/model_config.ts";
 import type { CalibratedSettings } from "./calibrated.ts";
+import { hessianParts } from "./capture.ts";
+import { gradientChunks } from "./gpu/coded_matrix.ts";
+import { type BlockInput, MATRIX_INPUTS } from "./gpu/forward.ts";
 import { planTensors } from "./output.ts";
-import { hessianParts } from "./quantize_block.ts";
+import type { Phase } from "./phases.ts";
 
 /** What a quantization takes. */
 export interface QuantizationPlan {
@@ -21,17 +30,30 @@ export interface QuantizationPlan {
   /** GPU memory at its peak, of blocks and of model tuning (0 when there is none). */
   blockGpuBytes: number;
   modelGpuBytes: number;
-  /** Floating-point operations of matrix products, which take nearly all of the time. */
-  operations: number;
+  /** Floating-point operations of each phase, over all blocks; those of model tuning apart. */
+  operations: Record<GpuPhase | "model", number>;
 }
+
+/** Phases whose time the GPU decides. */
+export type GpuPhase = Exclude<Phase, "read" | "write">;
 
 /** Operations per second that a whole run over story-16m reached on an NVIDIA H200. */
 export const MEASURED_FLOPS = 7e12;
 /** Memory of the process itself, and of what the garbage collector has not yet taken. */
-const PROCESS_BYTES = 512 * 2 ** 20;
+const PROCESS_BYTES = 2 ** 30;
+/** What the GPU holds beside the buffers planned here: driver, staging, partial products. */
+export const DRIVER_BYTES = 768 * 2 ** 20;
 const F32 = 4;
-/** Copies of a matrix while it is fitted: itself, what it stands for, difference, slope, change. */
-const FIT_COPIES = 5;
+/** Copies of a matrix while it is fitted: itself, what it stands for, difference, slope. */
+const FIT_COPIES = 4;
+/** Columns of change that a search hands on. */
+const CHANGE_COLUMNS = 128;
+const CENTROIDS = 256;
+
+/** All of it: each of the phases, and model tuning. */
+export function totalOperations({ operations }: QuantizationPlan): number {
+  return Object.values(operations).reduce((sum, count) => sum + count, 0);
+}
 
 /**
  * Plans a quantization.
@@ -48,50 +70,45 @@ export function planQuantization(
   maxBindingBytes: number,
 ): QuantizationPlan {
   const { config } = checkpoint, { m, v, g } = format;
-  const { hiddenSize: hidden, heads, kvHeads, headDim, ffnSize, vocabSize, layers } = config;
+  const { hiddenSize: hidden, vocabSize, layers, tiedEmbeddings } = config;
   const items = planTensors(checkpoint, format, settings.keep, settings.fallback);
   let weights = 0, stored = 0;
+  const keptOfLayer = new Map<string, number>();
   for (const item of items) {
-    if (item.type !== "quantize") continue;
-    weights += checkpoint.info(item.source).shape.reduce((a, b) => a * b);
-    stored += item.tensors.reduce((sum, tensor) => sum + tensor.bytes, 0);
+    const count = checkpoint.info(item.source).shape.reduce((a, b) => a * b);
+    if (item.type === "quantize") {
+      weights += count;
+      stored += item.tensors.reduce((sum, tensor) => sum + tensor.bytes, 0);
+    } else {
+      const layer = /^model\.layers\.\d+/.exec(item.source)?.[0];
+      if (layer) keptOfLayer.set(layer, (keptOfLayer.get(layer) ?? 0) + count);
+    }
   }
   const outputBytes = items.flatMap((item) => item.tensors)
     .reduce((sum, tensor) => sum + tensor.bytes, 0);
+  const kept = Math.max(0, ...keptOfLayer.values());
 
-  const shapes = LINEAR_NAMES.map((name) => linearShape(config, name));
-  const layerWeights = shapes.reduce((sum, [n, k]) => sum + n * k, 0);
+  const sizes = layerSizes(config, format, maxBindingBytes);
+  const { layerWeights, largest, hessians } = sizes;
   const rows = settings.batchSequences * text.tokens;
   const blockSequences = Math.floor(
     Math.min(settings.blockSequences, text.sequences) / settings.batchSequences,
   ) * settings.batchSequences;
   const blockTokens = blockSequences * text.tokens;
-  const inputs = [hidden, heads * headDim, hidden, ffnSize];
-  const parts = inputs.map((k) =>
-    hessianParts(k, g, maxBindingBytes).map(([, columns]) => columns)
-  );
-  const hessians = parts.flat().reduce((sum, columns) => sum + columns ** 2, 0);
+  const activations = activationFloats(config, text.tokens);
+  const forward = layerWeights + rows * activations.forward;
+  const both = 2 * layerWeights + rows * (activations.forward + activations.backward);
 
-  const wide = heads * headDim, narrow = kvHeads * headDim;
-  const activations = rows * (2 * (2 * wide + 3 * narrow + 4 * ffnSize) + wide + 8 * hidden) +
-    2 * rows * heads * text.tokens;
-  const largest = Math.max(...shapes.map(([n, k]) => n * k));
-  const block = 2 * layerWeights + activations;
-  // Coded matrices: a word a code, with gradients and moments of what is tuned beside it.
-  const coded = layerWeights / v * m + 4 * layerWeights / g;
+  // Codes are a word each; scales and codebooks have gradients and two moments while they are tuned.
+  const coded = layerWeights / v * m + layerWeights / g;
+  const tuned = coded + 3 * layerWeights / g + sizes.books;
+  const fitted = FIT_COPIES * largest + largest / v * m + 4 * largest / g + sizes.books +
+    sizes.mostRows * CHANGE_COLUMNS;
+  const comparison = 2 * rows * hidden;
   const copies = settings.rates.codes > 0 ? 3 * layerWeights : 0;
-  const ends = (config.tiedEmbeddings ? 1 : 2) * vocabSize * hidden;
-  const teacher = layers * layerWeights + vocabSize * hidden + 2 * layerWeights + activations;
-  const student = ends + layers * (coded + copies + rows * hidden) + block + 2 * rows * vocabSize;
-
-  const attention = 4 * text.tokens * wide;
-  const forward = 2 * layerWeights + attention;
-  const fit = shapes.reduce((sum, [n, k]) => sum + 2 * n * k * k, 0) *
-    (settings.fitRounds * (2 + settings.fitSteps) + 4);
-  const perBlock = blockTokens * (3 * forward + 2 * hessians) + fit +
-    settings.blockSteps * rows * 3 * forward;
-  const model = settings.modelSteps === 0 ? 0 : text.sequences * text.tokens * layers * forward +
-    settings.modelSteps * rows * (4 * layers * forward + 6 * vocabSize * hidden);
+  const ends = (tiedEmbeddings ? 1 : 2) * vocabSize * hidden;
+  const teacher = both + layers * layerWeights + vocabSize * hidden;
+  const student = both + ends + layers * (tuned + copies + rows * hidden) + 2 * rows * vocabSize;
   const streams = 4 * blockTokens * hidden * 2;
   return {
     bitsPerWeight: weights === 0 ? 16 : 8 * stored / weights,
@@ -102,13 +119,84 @@ export function planQuantization(
     ),
     ramBytes: PROCESS_BYTES + Math.max(
       vocabSize * hidden * 2 * 2,
-      layerWeights * (F32 + 4) + coded * 2 * F32,
+      // A layer's floats, a matrix being read; its codes as they were fitted, tuned and rounded.
+      (layerWeights + largest + 3 * coded) * F32,
       settings.modelSteps === 0 ? 0 : (layers * (layerWeights + 2 * coded) + 2 * ends) * F32,
     ),
-    blockGpuBytes: F32 *
-      (block + hessians + Math.max(FIT_COPIES * largest + largest / v * m, coded * 2)),
-    modelGpuBytes: settings.modelSteps === 0 ? 0 : F32 * Math.max(teacher, student),
-    operations: layers * perBlock + model,
+    blockGpuBytes: DRIVER_BYTES + F32 * Math.max(
+          forward + hessians,
+          hessians + fitted,
+          settings.blockSteps > 0 ? both + tuned + kept + comparison : 0,
+          forward + coded + kept + comparison,
+        ),
+    modelGpuBytes: settings.modelSteps === 0 ? 0 : DRIVER_BYTES + F32 * Math.max(teacher, student),
+    operations: countOperations(config, settings, sizes, text, rows, blockTokens),
+  };
+}
+
+type LayerSizes = ReturnType<typeof layerSizes>;
+
+/** Elements of a layer's matrices and Hessians. */
+function layerSizes(config: ModelConfig, { m, v, g }: CodeGemmFormat, maxBindingBytes: number) {
+  const shapes = LINEAR_NAMES.map((name) => linearShape(config, name));
+  const squares = new Map<BlockInput, number>();
+  const squareOf = (name: LinearName) => {
+    const parts = hessianParts(linearShape(config, name)[1], g, maxBindingBytes);
+    const square = parts.reduce((sum, [, columns]) => sum + columns ** 2, 0);
+    squares.set(MATRIX_INPUTS[name], square);
+    return square;
+  };
+  const layerWeights = shapes.reduce((sum, [n, k]) => sum + n * k, 0);
+  return {
+    layerWeights,
+    largest: Math.max(...shapes.map(([n, k]) => n * k)),
+    mostRows: Math.max(...shapes.map(([n]) => n)),
+    /** Codebooks with their gradients, the partial ones among them, and moments. */
+    books: shapes.reduce(
+      (sum, [n, k]) => sum + m * CENTROIDS * v * (4 + gradientChunks(n * k / v).chunks),
+      0,
+    ),
+    /** Operations of `D H` for the differences of all matrices. */
+    slope: LINEAR_NAMES.reduce((sum, name, i) => sum + 2 * shapes[i][0] * squareOf(name), 0),
+    /** Operations of comparing all centroids for every code: products with a v x v matrix. */
+    search: layerWeights / v * m * CENTROIDS * 2 * v * (v + 2) * (m === 1 ? 1 : 2),
+    hessians: squares.values().reduce((sum, square) => sum + square, 0),
+  };
+}
+
+/** Floats of a row's activations in a layer, forward and what backward adds. */
+function activationFloats(
+  { hiddenSize, heads, kvHeads, headDim, ffnSize }: ModelConfig,
+  tokens: number,
+): { forward: number; backward: number } {
+  const ofHeads = 4 * headDim * (heads + kvHeads) + heads * tokens;
+  return {
+    forward: 5.5 * hiddenSize + 3 * ffnSize + ofHeads + 4,
+    backward: 3.5 * hiddenSize + 3 * ffnSize + ofHeads,
+  };
+}
+
+function countOperations(
+  { hiddenSize, heads, headDim, vocabSize, layers }: ModelConfig,
+  settings: CalibratedSettings,
+  { layerWeights, slope, search, hessians }: LayerSizes,
+  text: { tokens: number; sequences: number },
+  rows: number,
+  blockTokens: number,
+): QuantizationPlan["operations"] {
+  const { fitRounds, fitSteps, blockSteps, modelSteps } = settings;
+  const forward = 2 * layerWeights + 4 * text.tokens * heads * headDim;
+  // A sweep measures the slope, and carries changes to the columns that follow.
+  const sweeps = fitRounds === 0 ? 0 : fitRounds + 1;
+  const model = modelSteps === 0 ? 0 : text.sequences * text.tokens * layers * forward +
+    modelSteps * rows * (4 * layers * forward + 6 * vocabSize * hiddenSize);
+  return {
+    capture: layers * blockTokens * 2 * (forward + hessians),
+    codes: layers * (3 * slope + search + sweeps * (1.5 * slope + search)),
+    codebooks: layers * fitRounds * fitSteps * slope,
+    tuning: layers * blockSteps * rows * 3 * forward,
+    outputs: layers * blockTokens * forward,
+    model,
   };
 }
 
@@ -116,7 +204,7 @@ export function planQuantization(
 export function describePlan(plan: QuantizationPlan): string {
   const gib = (bytes: number) =>
     bytes < 2 ** 30 ? `${(bytes / 2 ** 20).toFixed(0)} MiB` : `${(bytes / 2 ** 30).toFixed(1)} GiB`;
-  const seconds = plan.operations / MEASURED_FLOPS;
+  const operations = totalOperations(plan), seconds = operations / MEASURED_FLOPS;
   const time = seconds < 600 ? `${seconds.toFixed(0)} s` : `${(seconds / 3600).toFixed(1)} h`;
   return [
     `bits per quantized weight  ${plan.bitsPerWeight.toFixed(3)}`,
@@ -127,7 +215,7 @@ export function describePlan(plan: QuantizationPlan): string {
     `GPU memory, whole model    ${
       plan.modelGpuBytes ? gib(plan.modelGpuBytes) : "not tuned whole"
     }`,
-    `matrix products            ${(plan.operations / 1e12).toFixed(0)} TFLOP, ` +
+    `matrix products            ${(operations / 1e12).toFixed(0)} TFLOP, ` +
     `${time} at the ${MEASURED_FLOPS / 1e12} TFLOP/s measured on an NVIDIA H200`,
   ].join("\n");
 }

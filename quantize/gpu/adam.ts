@@ -13,8 +13,16 @@ const WARM_UP = 0.05;
 /** What is left of the rate in the end. */
 const FLOOR = 0.02;
 
+/** A buffer of `count` four-byte elements. */
+export interface Held {
+  buffer: GPUBuffer;
+  count: number;
+}
+
 /** An optimizer whose rate rises shortly and then falls along a cosine. */
 export class Adam {
+  /** Parameters and moments in the order of {@linkcode update}: with them a run goes on exactly. */
+  readonly state: Held[] = [];
   readonly #recorder: Recorder;
   readonly #step: GPUBuffer;
 
@@ -37,6 +45,7 @@ export class Adam {
     first = 0,
   ): Promise<Operation> {
     const moments = this.#recorder.buffer("moments", 2 * count);
+    this.state.push({ buffer: parameters, count }, { buffer: moments, count: 2 * count });
     return this.#recorder.dispatch({
       label: "adam",
       code: CODE,

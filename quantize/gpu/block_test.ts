@@ -141,7 +141,7 @@ Deno.test("a layer's forward and backward agree with plain loops and their finit
       check(`${which} norm`, gradient, weights.norms[which]);
     }
     for (const name of LINEAR_NAMES) {
-      const { gradient, row } = block.matrices[name];
+      const { row } = block.matrices[name], gradient = block.gradients[name];
       const [n, k] = linearShape(config, name);
       const all = await recorder.floats(gradient, (row + n) * k);
       check(name, all.subarray(row * k), weights.matrices[name]);

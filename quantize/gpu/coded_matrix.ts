@@ -90,8 +90,9 @@ export class CodedMatrix {
     const { m } = this.#format;
     const scales = this.#recorder.buffer("d scales", this.counts.scales);
     const codebooks = this.#recorder.buffer("d codebooks", this.counts.codebooks);
-    const chunk = Math.max(CHUNK_VECTORS, Math.ceil(this.#vectors / MAX_CHUNKS));
-    const chunks = Math.ceil(this.#vectors / chunk);
+    const { chunk, chunks } = gradientChunks(this.#vectors);
+    // Every centroid looks at every code.
+    const work = this.counts.codes * CENTROIDS * 4;
     const parts = this.#recorder.buffer("d codebooks parts", chunks * this.counts.codebooks);
     return {
       codebooks,
@@ -107,6 +108,7 @@ export class CodedMatrix {
           columns: chunk,
           buffers: { codes: true, scales: true, gradient, result: parts },
           workgroups: [chunks, m],
+          work,
         }),
         await reduce(this.#recorder, parts, codebooks, this.counts.codebooks, chunks),
       ],
@@ -119,6 +121,7 @@ export class CodedMatrix {
       passes: this.#format.m === 1 ? 1 : passes,
       buffers: { codes: true, codebooks: true, scales: true, gradient: weights },
       workgroups: lineWorkgroups(this.#vectors, 1),
+      work: this.#searchWork(this.counts.codes, passes),
     });
   }
 
@@ -153,7 +156,14 @@ export class CodedMatrix {
       },
       hessian,
       workgroups: [Math.min(n, LINE_WORKGROUPS), Math.ceil(n / LINE_WORKGROUPS)],
+      work: this.#searchWork(n * columns / this.#format.v * this.#format.m, PASSES),
     });
+  }
+
+  /** Operations of comparing all centroids for so many codes: products with a v x v matrix. */
+  #searchWork(codes: number, passes: number): number {
+    const { m, v } = this.#format;
+    return codes * CENTROIDS * 2 * v * (v + 2) * (m === 1 ? 1 : passes);
   }
 
   get #vectors(): number {
@@ -177,6 +187,7 @@ export class CodedMatrix {
         result?: GPUBuffer;
       };
       workgroups: readonly [x: number, y?: number];
+      work?: number;
     },
   ): Promise<Operation> {
     const [n, k] = this.#shape;
@@ -203,8 +214,15 @@ export class CodedMatrix {
       buffers: bound.map(({ buffer }) => buffer!),
       bindings: bound.map(({ binding }) => binding),
       workgroups: request.workgroups,
+      work: request.work,
     });
   }
+}
+
+/** How vectors are cut for the codebooks' gradient: each chunk gives a partial one. */
+export function gradientChunks(vectors: number): { chunk: number; chunks: number } {
+  const chunk = Math.max(CHUNK_VECTORS, Math.ceil(vectors / MAX_CHUNKS));
+  return { chunk, chunks: Math.ceil(vectors / chunk) };
 }
 
 /** Root-mean-square scales of each group, to begin with. */

@@ -12,6 +12,7 @@ import type { Gpu } from "../../kernels/gpu.ts";
 import type { CodeGemmFormat } from "../../shared/model_config.ts";
 import { Adam } from "./adam.ts";
 import { type CodedArrays, CodedMatrix, type HessianPart, startArrays } from "./coded_matrix.ts";
+import type { Stopwatch } from "../phases.ts";
 import { matmul } from "./matmul.ts";
 import { type Operation, Recorder } from "./operation.ts";
 import { dotProduct, rowwise } from "./rows.ts";
@@ -44,6 +45,7 @@ const BLOCK_COLUMNS = 128;
  * @param hessians damped, of parts that cover K in order: columns of different parts are taken to be
  *   independent
  * @param codebooks to begin with
+ * @param watch takes the times of `read`, `codes` and `codebooks`
  */
 export async function fitMatrix(
   gpu: Gpu,
@@ -53,11 +55,14 @@ export async function fitMatrix(
   codebooks: Float32Array<ArrayBuffer>,
   format: CodeGemmFormat,
   { fitRounds, fitSteps }: FitSettings,
+  watch: Stopwatch,
 ): Promise<FittedMatrix> {
   const recorder = new Recorder(gpu);
   try {
-    const target = recorder.upload("target", weights);
+    const target = recorder.buffer("target", n * k);
+    await recorder.fill(target, weights);
     const start = startArrays(weights, codebooks, format);
+    watch.lap("read");
     const matrix = new CodedMatrix(recorder, [n, k], format, start);
     const [now, difference, slope] = ["now", "difference", "slope"].map((label) =>
       recorder.buffer(label, n * k)
@@ -97,20 +102,22 @@ export async function fitMatrix(
     for (const hessian of hessians) {
       const end = hessian.first + hessian.columns;
       for (let first = hessian.first; first < end; first += block) {
-        const columns = Math.min(block, end - first);
+        const columns = Math.min(block, end - first), next = first + columns;
+        sweep.push(await matrix.search(slope, hessian, change, first, columns));
+        if (next === end) break;
+        // The columns that are still to come; a sweep does not come back to those before.
         sweep.push(
-          await matrix.search(slope, hessian, change, first, columns),
           ...await matmul(recorder, {
             label: "slope change",
             a: { buffer: change, stride: columns },
             b: {
               buffer: hessian.buffer,
               stride: hessian.columns,
-              offset: (first - hessian.first) * hessian.columns,
+              offset: (first - hessian.first) * hessian.columns + next - hessian.first,
             },
-            c: { buffer: slope, stride: k, offset: hessian.first },
+            c: { buffer: slope, stride: k, offset: next },
             m: n,
-            n: hessian.columns,
+            n: end - next,
             k: columns,
             add: "c",
           }),
@@ -127,17 +134,26 @@ export async function fitMatrix(
       await adam.update(matrix.codebooks, back.codebooks, counts.codebooks, RATE),
       await adam.update(matrix.scales, back.scales, counts.scales, RATE * scaleSize),
     ];
+    const lap = async (phase: "codes" | "codebooks") => {
+      await recorder.settle();
+      watch.lap(phase);
+    };
     for (let round = 0; round < fitRounds; round++) {
       recorder.run(sweep);
+      await lap("codes");
       for (let t = 0; t < fitSteps; t++) {
         adam.begin(round * fitSteps + t, fitRounds * fitSteps);
         recorder.run(step);
+        await recorder.pace();
       }
+      await lap("codebooks");
     }
     // Codes have the last word: they make good what the steps moved.
     if (fitRounds > 0) recorder.run(sweep);
     const errorAfter = await relative();
-    return { arrays: await matrix.arrays(), errorBefore, errorAfter };
+    const arrays = await matrix.arrays();
+    await lap("codes");
+    return { arrays, errorBefore, errorAfter };
   } finally {
     recorder.destroy();
   }

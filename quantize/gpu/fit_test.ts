@@ -1,7 +1,9 @@
 import { assert, assertLess } from "@std/assert";
 import { Gpu } from "../../kernels/gpu.ts";
 import { gaussian, seededRandom } from "../../shared/random.ts";
+import { VirtualClock } from "../../shared/clock.ts";
 import { trainCodebooks } from "../codebooks.ts";
+import { Stopwatch } from "../phases.ts";
 import { fitMatrix } from "./fit.ts";
 import { Recorder } from "./operation.ts";
 
@@ -40,6 +42,7 @@ Deno.test("fitting lowers the weighted error; so do parts of a Hessian, less wel
         books,
         FORMAT,
         { fitRounds, fitSteps: 10 },
+        new Stopwatch(new VirtualClock()),
       );
     const whole = await fit([[0, K]], 2);
     const none = await fit([[0, K]], 0);

@@ -231,5 +231,6 @@ function product(recorder: Recorder, request: MatmulRequest): Promise<Operation>
       c.buffer,
     ],
     workgroups: [Math.ceil(n / TILE), Math.ceil(m / TILE), batch],
+    work: 2 * m * n * k * batch,
   });
 }

@@ -4,7 +4,7 @@
  *
  * @module
  */
-import { invariant } from "../../shared/errors.ts";
+import { FleetError, invariant } from "../../shared/errors.ts";
 import type { Gpu } from "../../kernels/gpu.ts";
 
 /** Something the GPU does; recorded with its buffers bound. */
@@ -14,6 +14,8 @@ export type Operation =
     pipeline: GPUComputePipeline;
     bindGroup: GPUBindGroup;
     workgroups: readonly [x: number, y: number, z: number];
+    /** Floating-point operations, of kernels that take long; 0 of the others. */
+    work: number;
   }
   | {
     type: "copy";
@@ -37,6 +39,35 @@ export interface DispatchRequest {
   /** Binding numbers of the buffers, where they are not 1, 2, ... */
   bindings?: readonly number[];
   workgroups: readonly [x: number, y?: number, z?: number];
+  /** Floating-point operations, where they take long. */
+  work?: number;
+}
+
+/**
+ * Work of a submission: a fraction of a second on a GPU of 10 TFLOP/s. Drivers that also draw a
+ * screen end what holds the GPU for seconds.
+ */
+const SUBMIT_WORK = 4e12;
+/** Work that may wait on the GPU; wgpu takes a GPU for stuck after a minute. */
+const QUEUED_WORK = 5e13;
+/** Work that is waited for where time is taken: what is less is not worth the 10 ms of a wait. */
+const TIMED_WORK = 1e11;
+/** Written data that may be on its way: it has a copy of its own until the GPU has taken it. */
+const WRITTEN_BYTES = 2 ** 28;
+
+/** Bytes of all buffers that recorders hold on a GPU, now and at their most. */
+export interface HeldMemory {
+  bytes: number;
+  peakBytes: number;
+}
+
+const held = new WeakMap<Gpu, HeldMemory>();
+
+/** What recorders hold on a GPU. */
+export function heldMemory(gpu: Gpu): HeldMemory {
+  let memory = held.get(gpu);
+  if (!memory) held.set(gpu, memory = { bytes: 0, peakBytes: 0 });
+  return memory;
 }
 
 /** Workgroups along x of a one-dimensional kernel; the rest goes along y (a dimension ends at 65535). */
@@ -55,19 +86,46 @@ export class Recorder {
   bytes = 0;
   readonly #owned = new Set<GPUBuffer>();
   #unused: GPUBuffer | null = null;
+  #queuedWork = 0;
+  #writtenBytes = 0;
 
   constructor(gpu: Gpu) {
     this.gpu = gpu;
   }
 
-  /** A storage buffer of `count` four-byte elements. */
+  /**
+   * A storage buffer of `count` four-byte elements.
+   *
+   * @throws FleetError `out-of-memory` when no kernel could bind it on this GPU
+   */
   buffer(label: string, count: number): GPUBuffer {
+    this.#checkSize(label, count * 4);
     return this.#own(this.gpu.storage(label, count * 4));
   }
 
   /** A storage buffer that holds `data`. */
   upload(label: string, data: Float32Array<ArrayBuffer> | Uint32Array<ArrayBuffer>): GPUBuffer {
+    this.#checkSize(label, data.byteLength);
+    this.#writtenBytes += data.byteLength;
     return this.#own(this.gpu.upload(label, data));
+  }
+
+  /** Writes `data` from element `at` on, piece by piece: no more than one waits beside the buffer. */
+  async fill(buffer: GPUBuffer, data: Float32Array<ArrayBuffer>, at = 0): Promise<void> {
+    const step = WRITTEN_BYTES / 4;
+    for (let first = 0; first < data.length; first += step) {
+      const piece = data.subarray(first, first + step);
+      this.gpu.write(buffer, (at + first) * 4, piece);
+      this.#writtenBytes += piece.byteLength;
+      await this.flush();
+    }
+  }
+
+  /** Waits until the GPU has taken what was written, where it is much. */
+  async flush(): Promise<void> {
+    if (this.#writtenBytes < WRITTEN_BYTES) return;
+    this.gpu.device.queue.submit([]);
+    await this.#wait();
   }
 
   /** Bound where a kernel has an input that this use of it does not read. */
@@ -100,7 +158,13 @@ export class Recorder {
     });
     const [x, y = 1, z = 1] = request.workgroups;
     invariant(Math.max(x, y, z) <= 65535, `${label} fits a dispatch: ${x} x ${y} x ${z}`);
-    return { type: "dispatch", pipeline, bindGroup, workgroups: [x, y, z] };
+    return {
+      type: "dispatch",
+      pipeline,
+      bindGroup,
+      workgroups: [x, y, z],
+      work: request.work ?? 0,
+    };
   }
 
   /** Copies `count` four-byte elements. */
@@ -117,14 +181,28 @@ export class Recorder {
 
   /** Queues operations, in order. */
   run(operations: readonly Operation[]): void {
-    const encoder = this.gpu.device.createCommandEncoder();
+    const { device } = this.gpu;
+    let encoder = device.createCommandEncoder();
     let pass: GPUComputePassEncoder | null = null;
+    let work = 0;
+    const submit = () => {
+      pass?.end();
+      pass = null;
+      device.queue.submit([encoder.finish()]);
+      this.#queuedWork += work;
+      work = 0;
+    };
     for (const operation of operations) {
+      if (work >= SUBMIT_WORK) {
+        submit();
+        encoder = device.createCommandEncoder();
+      }
       if (operation.type === "dispatch") {
         pass ??= encoder.beginComputePass();
         pass.setPipeline(operation.pipeline);
         pass.setBindGroup(0, operation.bindGroup);
         pass.dispatchWorkgroups(...operation.workgroups);
+        work += operation.work;
       } else {
         pass?.end();
         pass = null;
@@ -132,30 +210,66 @@ export class Recorder {
         encoder.copyBufferToBuffer(from, fromOffset, to, toOffset, bytes);
       }
     }
-    pass?.end();
-    this.gpu.device.queue.submit([encoder.finish()]);
+    submit();
+  }
+
+  /** Waits for the GPU when much is queued; loops that only queue call it each time round. */
+  async pace(): Promise<void> {
+    if (this.#queuedWork >= QUEUED_WORK) await this.#wait();
+  }
+
+  /** Waits for the GPU when what is queued would distort a time that is taken now. */
+  async settle(): Promise<void> {
+    if (this.#queuedWork >= TIMED_WORK) await this.#wait();
   }
 
   /** Floats of a buffer. */
   async floats(buffer: GPUBuffer, count: number): Promise<Float32Array<ArrayBuffer>> {
-    return new Float32Array(await this.gpu.read(buffer, count * 4));
+    return new Float32Array(await this.#read(buffer, count));
   }
 
   /** Words of a buffer. */
   async words(buffer: GPUBuffer, count: number): Promise<Uint32Array<ArrayBuffer>> {
-    return new Uint32Array(await this.gpu.read(buffer, count * 4));
+    return new Uint32Array(await this.#read(buffer, count));
   }
 
   /** Frees every buffer; idempotent. */
   destroy(): void {
     for (const buffer of this.#owned) buffer.destroy();
     this.#owned.clear();
+    heldMemory(this.gpu).bytes -= this.bytes;
     this.bytes = 0;
+  }
+
+  async #read(buffer: GPUBuffer, count: number): Promise<ArrayBuffer> {
+    const bytes = await this.gpu.read(buffer, count * 4);
+    this.#queuedWork = this.#writtenBytes = 0;
+    return bytes;
+  }
+
+  async #wait(): Promise<void> {
+    await this.gpu.device.queue.onSubmittedWorkDone();
+    this.#queuedWork = this.#writtenBytes = 0;
+    this.gpu.check();
+  }
+
+  #checkSize(label: string, bytes: number): void {
+    const { maxStorageBufferBindingSize, maxBufferSize } = this.gpu.limits;
+    const most = Math.min(maxStorageBufferBindingSize, maxBufferSize);
+    if (bytes <= most) return;
+    const gib = (size: number) => `${(size / 2 ** 30).toFixed(2)} GiB`;
+    throw new FleetError(
+      "out-of-memory",
+      `${label} takes ${gib(bytes)} in one buffer; ${this.gpu.info.name} allows ${gib(most)}`,
+    );
   }
 
   #own(buffer: GPUBuffer): GPUBuffer {
     this.#owned.add(buffer);
     this.bytes += buffer.size;
+    const memory = heldMemory(this.gpu);
+    memory.bytes += buffer.size;
+    memory.peakBytes = Math.max(memory.peakBytes, memory.bytes);
     return buffer;
   }
 }

@@ -15,9 +15,10 @@ import {
   linearShape,
   type ModelConfig,
 } from "../../shared/model_config.ts";
-import type { Adam } from "./adam.ts";
-import type { Block } from "./block.ts";
+import type { Adam, Held } from "./adam.ts";
+import type { TunableBlock } from "./block.ts";
 import { type CodedArrays, CodedMatrix } from "./coded_matrix.ts";
+import type { Block } from "./forward.ts";
 import type { Operation, Recorder } from "./operation.ts";
 
 /** Rates of tuning, relative to the size of what is tuned; those of a block and of the model differ. */
@@ -41,28 +42,50 @@ export interface TunedLayer {
   load: Operation[];
   /** Takes a step against the gradients that the block's backward left. */
   update: Operation[];
+  /** What makes the layer: codes, codebooks, scales and norms. */
+  weights: Held[];
   arrays(): Promise<LayerArrays>;
 }
 
-/**
- * Puts a layer on the GPU.
- *
- * @param tuning left out: the layer is only run
- */
-export async function createTunedLayer(
+/** What tunes a layer. */
+interface Tuning {
+  adam: Adam;
+  rates: TuneRates;
+}
+
+/** Puts a layer on the GPU to be tuned. */
+export function createTunedLayer(
+  recorder: Recorder,
+  block: TunableBlock,
+  config: ModelConfig,
+  format: CodeGemmFormat,
+  layer: LayerArrays,
+  tuning: Tuning,
+): Promise<TunedLayer>;
+/** Puts a layer on the GPU that is only run. */
+export function createTunedLayer(
   recorder: Recorder,
   block: Block,
   config: ModelConfig,
   format: CodeGemmFormat,
   layer: LayerArrays,
-  tuning?: { adam: Adam; rates: TuneRates },
+): Promise<TunedLayer>;
+export async function createTunedLayer(
+  recorder: Recorder,
+  block: Block | TunableBlock,
+  config: ModelConfig,
+  format: CodeGemmFormat,
+  layer: LayerArrays,
+  tuning?: Tuning,
 ): Promise<TunedLayer> {
-  const load: Operation[] = [], update: Operation[] = [];
+  const tuned = tuning && "gradients" in block ? { ...tuning, ...block } : null;
+  const load: Operation[] = [], update: Operation[] = [], weights: Held[] = [];
   const matrices = {} as Record<LinearName, () => Promise<CodedArrays | Float32Array<ArrayBuffer>>>;
   for (const name of LINEAR_NAMES) {
     const arrays = layer.matrices[name], shape = linearShape(config, name);
-    const { buffer, gradient, row } = block.matrices[name];
+    const { buffer, row } = block.matrices[name];
     const [n, k] = shape;
+    await recorder.flush();
     if (arrays instanceof Float32Array) {
       load.push(recorder.copy(recorder.upload(name, arrays), buffer, n * k, 0, row * k));
       matrices[name] = () => Promise.resolve(arrays);
@@ -71,8 +94,11 @@ export async function createTunedLayer(
     const matrix = new CodedMatrix(recorder, shape, format, arrays);
     load.push(await matrix.dequantize(buffer, row));
     matrices[name] = () => matrix.arrays();
-    if (!tuning) continue;
-    const { adam, rates } = tuning, { counts } = matrix;
+    for (const part of ["codes", "codebooks", "scales"] as const) {
+      weights.push({ buffer: matrix[part], count: matrix.counts[part] });
+    }
+    if (!tuned) continue;
+    const { adam, rates } = tuned, { counts } = matrix, gradient = tuned.gradients[name];
     const scaleSize = meanSquare(arrays.scales), bookSize = meanSquare(arrays.codebooks);
     const back = await matrix.backward(gradient, row);
     update.push(
@@ -99,14 +125,16 @@ export async function createTunedLayer(
     const values = layer.norms[which];
     norms[which] = recorder.upload(`${which} norm`, values);
     load.push(recorder.copy(norms[which], block.norms[which], values.length));
-    if (!tuning) continue;
-    const rate = tuning.rates.norms * meanSquare(values);
-    const gradient = block.normGradients[which];
-    update.push(await tuning.adam.update(norms[which], gradient, values.length, rate));
+    weights.push({ buffer: norms[which], count: values.length });
+    if (!tuned) continue;
+    const rate = tuned.rates.norms * meanSquare(values);
+    const gradient = tuned.normGradients[which];
+    update.push(await tuned.adam.update(norms[which], gradient, values.length, rate));
   }
   return {
     load,
     update,
+    weights,
     async arrays() {
       const read = {} as LayerArrays["matrices"];
       for (const name of LINEAR_NAMES) read[name] = await matrices[name]();
