@@ -12,7 +12,12 @@ function card(worker: string, instance = "i1", version = PROTOCOL_VERSION): Work
     memoryBytes: 1,
     maxBindingBytes: 1,
     selfTestDigest: "0".repeat(64),
-    calibration: { denseBytesPerMs: 1, codegemmBytesPerMs: 1, overheadMsPerLayer: 0 },
+    calibration: {
+      denseBytesPerMs: 1,
+      codegemmBytesPerMs: 1,
+      wideCodeBytesPerMs: 1,
+      overheadMsPerLayer: 0,
+    },
     cachedParts: [],
   };
 }

@@ -190,10 +190,9 @@ function limitsOf(request: PlanRequest, pages: number): StageLimits {
 function candidateOf(request: PlanRequest, worker: PlanWorker, limits: StageLimits): Candidate {
   const { config, partBytes: stored } = request;
   const { card } = worker;
-  const { denseBytesPerMs, codegemmBytesPerMs, overheadMsPerLayer } = card.calibration;
+  const { denseBytesPerMs, overheadMsPerLayer } = card.calibration;
   const layerBytes = Math.max(...layerParts(config).map((part) => bytesOf(stored, config, part)));
-  const bytesPerMs = config.codegemm ? codegemmBytesPerMs : denseBytesPerMs;
-  const layerMs = layerBytes / bytesPerMs + overheadMsPerLayer;
+  const layerMs = layerBytes / layerBytesPerMs(config, card) + overheadMsPerLayer;
   const headMs = bytesOf(stored, config, "head") / denseBytesPerMs + overheadMsPerLayer;
   const kvBytes = limits.pages * kvPageBytes(config);
   const bindable = limits.pages * kvBindingBytesPerPage(config) <= card.maxBindingBytes;
@@ -211,6 +210,12 @@ function candidateOf(request: PlanRequest, worker: PlanWorker, limits: StageLimi
       return Math.floor(room / (layerBytes + kvBytes));
     },
   };
+}
+
+/** The rate at which a worker decodes the matrices of a layer. */
+function layerBytesPerMs({ codegemm }: ModelConfig, { calibration }: WorkerCard): number {
+  if (codegemm === null) return calibration.denseBytesPerMs;
+  return codegemm.b > 8 ? calibration.wideCodeBytesPerMs : calibration.codegemmBytesPerMs;
 }
 
 function layerParts(config: ModelConfig): PartName[] {

@@ -56,7 +56,12 @@ function worker(name: string, memoryGiB: number, changes: Partial<PlanWorker["ca
     memoryBytes: memoryGiB * GiB,
     maxBindingBytes: 2 * GiB,
     selfTestDigest: "0".repeat(64),
-    calibration: { denseBytesPerMs: 1e9, codegemmBytesPerMs: 8e8, overheadMsPerLayer: 0.02 },
+    calibration: {
+      denseBytesPerMs: 1e9,
+      codegemmBytesPerMs: 8e8,
+      wideCodeBytesPerMs: 3e8,
+      overheadMsPerLayer: 0.02,
+    },
     cachedParts: [],
     ...changes,
   };
@@ -167,7 +172,12 @@ Deno.test("planStages() keeps a layer's pages within every adapter's largest bin
 });
 
 Deno.test("planStages() leaves a slow worker out and says why", () => {
-  const crawl = { denseBytesPerMs: 1e6, codegemmBytesPerMs: 1e6, overheadMsPerLayer: 1 };
+  const crawl = {
+    denseBytesPerMs: 1e6,
+    codegemmBytesPerMs: 1e6,
+    wideCodeBytesPerMs: 1e6,
+    overheadMsPerLayer: 1,
+  };
   const workers = [
     worker("quick", 40),
     worker("slow", 40, { calibration: crawl }),
@@ -179,6 +189,22 @@ Deno.test("planStages() leaves a slow worker out and says why", () => {
     assertStringIncludes(plan.explanation[1], "slow (a GPU) is left out: ");
     assertStringIncludes(plan.explanation[2], "cannot hold one layer");
   }
+});
+
+Deno.test("planStages() foretells each kind of weights by the rate measured for it", () => {
+  const ms = (codegemm: ModelConfig["codegemm"]) => {
+    const plan = planStages(
+      request({ workers: [worker("a", 200)], config: { ...large, codegemm } }),
+    );
+    return plan.stages[0].predictedMs;
+  };
+  const [codes, wide, dense] = [
+    ms({ m: 1, v: 4, g: 128, b: 8 }),
+    ms({ m: 1, v: 8, g: -1, b: 16 }),
+    ms(null),
+  ];
+  // 17.1 GB of codes at 0.3 TB/s, with 0.6 GB of codebooks; 18.2 GB at 0.8 TB/s; 137 GB at 1 TB/s.
+  assert(wide > 2 * codes && dense > 2 * wide, `${codes}, ${wide}, ${dense} ms`);
 });
 
 Deno.test("planStages() says that nobody is there", () => {

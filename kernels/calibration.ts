@@ -11,6 +11,7 @@
 import {
   bitsPerWeight,
   type CodeGemmFormat,
+  ROW_SCALE,
   type TensorInfo,
   type TensorSource,
 } from "../shared/model_config.ts";
@@ -67,6 +68,8 @@ const SOFTWARE: Scale = {
 };
 
 const FORMAT: CodeGemmFormat = { m: 1, v: 4, g: 128, b: 8 };
+/** AQLM's 1x16, the format of codes of more than 8 bits. */
+const WIDE: CodeGemmFormat = { m: 1, v: 8, g: ROW_SCALE, b: 16 };
 const TINY: MatrixShape = [128, 128];
 const LINEARS_PER_LAYER = 7;
 const ROW: StepShape = { decodeRows: 1, rows: 1, outputs: 0, contextTokens: 1 };
@@ -88,16 +91,19 @@ export async function calibrate(gpu: Gpu): Promise<WorkerCard["calibration"]> {
   const meter = bench.keep(await Meter.create(gpu, scale.leastMs));
   try {
     const { rotatedBytes } = scale;
-    const [dense, denseTiny, codes, codesTiny, others] = await meter.timeAll([
+    const [dense, denseTiny, codes, codesTiny, wide, wideTiny, others] = await meter.timeAll([
       await rotatedLinears(bench, scale.dense, null, rotatedBytes),
       await rotatedLinears(bench, TINY, null, 0),
       await rotatedLinears(bench, scale.codes, FORMAT, rotatedBytes),
       await rotatedLinears(bench, TINY, FORMAT, 0),
+      await rotatedLinears(bench, scale.codes, WIDE, rotatedBytes),
+      await rotatedLinears(bench, TINY, WIDE, 0),
       await restOfLayer(bench),
     ]);
     return {
       denseBytesPerMs: slope(scale.dense, null, dense.gpuMs, denseTiny.gpuMs),
       codegemmBytesPerMs: slope(scale.codes, FORMAT, codes.gpuMs, codesTiny.gpuMs),
+      wideCodeBytesPerMs: slope(scale.codes, WIDE, wide.gpuMs, wideTiny.gpuMs),
       overheadMsPerLayer: LINEARS_PER_LAYER * (codesTiny.gpuMs + codesTiny.encodeMs) +
         others.gpuMs + others.encodeMs,
     };

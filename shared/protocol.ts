@@ -18,7 +18,7 @@ import { FleetError } from "./errors.ts";
 import { LIMITS } from "./limits.ts";
 
 /** Both ends must speak the same one; raised with every change of a frame or message. */
-export const PROTOCOL_VERSION = 1;
+export const PROTOCOL_VERSION = 2;
 
 /** Prefix of a fleet's subjects where none is given. */
 export const DEFAULT_PREFIX = "fleet";
@@ -82,8 +82,10 @@ export const WorkerCard = z.object({
   calibration: z.object({
     /** Dense float16 weight bytes a decode step reads per millisecond. */
     denseBytesPerMs: figure.min(1e-3),
-    /** CodeGEMM weight bytes a decode step reads per millisecond. */
+    /** CodeGEMM weight bytes a decode step reads per millisecond, of codes of 8 bits. */
     codegemmBytesPerMs: figure.min(1e-3),
+    /** The same of codes of more bits, whose centroids come from a cache (AQLM's 1x16). */
+    wideCodeBytesPerMs: figure.min(1e-3),
     /** What a layer costs beside its weights, ms. */
     overheadMsPerLayer: figure.nonnegative(),
   }),

@@ -85,7 +85,12 @@ const CARD = {
   memoryBytes: 2 ** 30,
   maxBindingBytes: 2 ** 27,
   selfTestDigest: "1".repeat(64),
-  calibration: { denseBytesPerMs: 1, codegemmBytesPerMs: 1, overheadMsPerLayer: 1 },
+  calibration: {
+    denseBytesPerMs: 1,
+    codegemmBytesPerMs: 1,
+    wideCodeBytesPerMs: 1,
+    overheadMsPerLayer: 1,
+  },
   cachedParts: [],
 };
 

@@ -64,7 +64,12 @@ async function realFleet(
         memoryBytes: 2 ** 30,
         maxBindingBytes: gpu.limits.maxStorageBufferBindingSize,
         selfTestDigest: "0".repeat(64),
-        calibration: { denseBytesPerMs: 1e6, codegemmBytesPerMs: 1e6, overheadMsPerLayer: 1 },
+        calibration: {
+          denseBytesPerMs: 1e6,
+          codegemmBytesPerMs: 1e6,
+          wideCodeBytesPerMs: 1e6,
+          overheadMsPerLayer: 1,
+        },
       },
       parts: {
         held: () => [],

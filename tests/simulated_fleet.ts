@@ -92,7 +92,12 @@ export function simulatedWorker(
       memoryBytes: options.memoryBytes ?? 2 ** 30,
       maxBindingBytes: 2 ** 27,
       selfTestDigest: hex(1),
-      calibration: { denseBytesPerMs: 1e6, codegemmBytesPerMs: 1e6, overheadMsPerLayer: 1 },
+      calibration: {
+        denseBytesPerMs: 1e6,
+        codegemmBytesPerMs: 1e6,
+        wideCodeBytesPerMs: 1e6,
+        overheadMsPerLayer: 1,
+      },
     },
     parts: {
       held: () => [],

@@ -35,7 +35,12 @@ const CARD: Omit<WorkerCard, "cachedParts"> = {
   memoryBytes: 1e9,
   maxBindingBytes: 1e8,
   selfTestDigest: digest(1),
-  calibration: { denseBytesPerMs: 1, codegemmBytesPerMs: 1, overheadMsPerLayer: 0 },
+  calibration: {
+    denseBytesPerMs: 1,
+    codegemmBytesPerMs: 1,
+    wideCodeBytesPerMs: 1,
+    overheadMsPerLayer: 0,
+  },
 };
 
 const CONFIG = JSON.stringify({
