@@ -243,7 +243,8 @@ Deno.test("cards that lie are refused; one of another release is told what to do
     ["w7", "failed"],
   ]);
   assertEquals(dropped["malformed-message"] + dropped["wrong-sender"], lies.length + 1);
-  assertStringIncludes(textsOf(simulated), "w8 is refused: It speaks protocol version 2");
+  const refusal = `w8 is refused: It speaks protocol version ${PROTOCOL_VERSION + 1}`;
+  assertStringIncludes(textsOf(simulated), refusal);
   assertEquals(await simulated.generate(REQUESTS), expected);
 });
 
