@@ -27,8 +27,6 @@ import { type ShapeName, SHAPES, writeSyntheticCheckpoint } from "./synthetic_ch
 const ROOT = new URL("../", import.meta.url);
 /** Tokens of the vocabulary: embedding and output head are not what is measured. */
 const VOCABULARY = 1024;
-/** The largest binding of the GPUs that a 70B model is quantized on, as the quantizer's plan has it. */
-const ASSUMED_BINDING = 2 ** 31;
 const SAMPLE_MS = 500;
 
 const COMMAND = {
@@ -228,7 +226,6 @@ async function measure(values: Values, path: string): Promise<void> {
     parseFormat(values.format),
     report.settings,
     { tokens: values.sequence, sequences: values.samples },
-    ASSUMED_BINDING,
   );
   const seconds = layerSeconds(report);
   const hours = print(values, report, plan, seconds, peaks);

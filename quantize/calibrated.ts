@@ -73,7 +73,7 @@ export interface CalibratedRun {
   clock: Clock;
   sink: FileSink;
   work: WorkFiles;
-  /** Hessians that take more are cut into parts; by default what the GPU can bind. */
+  /** Hessians that take more are cut into bands; by default what the GPU can bind. */
   maxHessianBytes?: number;
   onBlock?(report: TimedReport, done: number, total: number): void;
   /** Something within a block is finished. */

@@ -1,4 +1,11 @@
-import { assert, assertEquals, assertLess, assertRejects, assertThrows } from "@std/assert";
+import {
+  assert,
+  assertAlmostEquals,
+  assertEquals,
+  assertLess,
+  assertRejects,
+  assertThrows,
+} from "@std/assert";
 import { Gpu } from "../kernels/gpu.ts";
 import {
   checkpointFiles,
@@ -13,7 +20,7 @@ import { randomInt, seededRandom } from "../shared/random.ts";
 import { type CalibratedRun, type CalibratedSettings, quantizeCalibrated } from "./calibrated.ts";
 import { batches, cutSequences } from "./calibration_text.ts";
 import { parseFormat } from "./format.ts";
-import { hessianParts } from "./capture.ts";
+import { hessianBands } from "./capture.ts";
 import { memoryWork } from "./work_files.ts";
 
 const FORMAT = parseFormat("m1v4g16");
@@ -143,11 +150,23 @@ Deno.test("a weight that is not finite is named before any block is begun", () =
     assertEquals(await run.work.list(), []);
   }));
 
-Deno.test("Hessians that no binding holds are cut into runs of whole groups", () => {
-  assertEquals(hessianParts(28672, 128, 2 ** 31), [[0, 14336], [14336, 14336]]);
-  assertEquals(hessianParts(8192, 128, 2 ** 31), [[0, 8192]]);
-  assertEquals(hessianParts(80, 16, 40 * 40 * 4), [[0, 32], [32, 32], [64, 16]]);
+Deno.test("Hessians that no binding holds are cut into bands of whole groups", () => {
+  assertEquals(hessianBands(28672, 128, 2 ** 31), [[0, 14336], [14336, 14336]]);
+  assertEquals(hessianBands(8192, 128, 2 ** 31), [[0, 8192]]);
+  assertEquals(hessianBands(80, 16, 40 * 80 * 4), [[0, 32], [32, 32], [64, 16]]);
 });
+
+Deno.test("cutting Hessians changes next to nothing", () =>
+  withRun(async (run) => {
+    const settings = { ...SETTINGS, keep: ["layers.1"], fitSteps: 2, blockSteps: 0, modelSteps: 0 };
+    const errors = async (maxHessianBytes: number) => {
+      const work = { ...run, sink: memoryWork(), work: memoryWork(), maxHessianBytes };
+      const report = await quantizeCalibrated(await openTiny(), FORMAT, TEXT, settings, work);
+      return report.blocks[0].matrices.map(({ errorAfter }) => errorAfter);
+    };
+    const whole = await errors(2 ** 20), cut = await errors(16 * 48 * 4);
+    whole.forEach((error, i) => assertAlmostEquals(cut[i], error, 0.01 * error));
+  }));
 
 Deno.test("too little text, and text for another model, are refused", () => {
   const cut = (count: number, id: number) => () =>

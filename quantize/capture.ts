@@ -6,7 +6,7 @@
  */
 import type { Gpu } from "../kernels/gpu.ts";
 import { LINEAR_NAMES, linearShape } from "../shared/model_config.ts";
-import type { HessianPart } from "./gpu/coded_matrix.ts";
+import type { HessianBand } from "./gpu/coded_matrix.ts";
 import { type Block, BLOCK_INPUTS, type BlockInput, createForward } from "./gpu/forward.ts";
 import { matmul } from "./gpu/matmul.ts";
 import type { Operation, Recorder } from "./gpu/operation.ts";
@@ -14,7 +14,7 @@ import { rowwise } from "./gpu/rows.ts";
 import type { BlockTask } from "./quantize_block.ts";
 import { type Stage, withStage } from "./stage.ts";
 
-/** Of the mean of the Hessian's diagonal, added to it: directions that the text does not show. */
+/** Of the mean of a band's diagonal, added to it: directions that the text does not show. */
 const DAMPING = 0.01;
 
 /**
@@ -27,7 +27,7 @@ export function capture(
   gpu: Gpu,
   keeper: Recorder,
   task: BlockTask,
-): Promise<Record<BlockInput, HessianPart[]>> {
+): Promise<Record<BlockInput, HessianBand[]>> {
   const { config, shape, layer, inputs, outputs, batches } = task;
   return withStage(gpu, config, shape, createForward, async (stage) => {
     const { recorder, block, words, wordCount, enter, leave } = stage;
@@ -57,32 +57,37 @@ async function recordHessians(
   keeper: Recorder,
   { format, maxHessianBytes }: BlockTask,
 ) {
-  const hessians = {} as Record<BlockInput, HessianPart[]>;
+  const hessians = {} as Record<BlockInput, HessianBand[]>;
   const accumulate: Operation[] = [], damp: Operation[] = [];
   for (const input of BLOCK_INPUTS) {
-    const { buffer, columns: all } = block.inputs[input];
-    hessians[input] = hessianParts(all, format.g, maxHessianBytes).map(([first, columns]) => ({
-      buffer: keeper.buffer(`hessian of ${input}`, columns * columns),
+    const { buffer, columns: k } = block.inputs[input];
+    hessians[input] = hessianBands(k, format.g, maxHessianBytes).map(([first, rows]) => ({
+      buffer: keeper.buffer(`hessian of ${input}`, rows * k),
       first,
-      columns,
+      rows,
     }));
-    for (const { buffer: hessian, first, columns } of hessians[input]) {
-      const part = { buffer, stride: all, offset: first };
+    for (const { buffer: hessian, first, rows } of hessians[input]) {
       accumulate.push(
         ...await matmul(recorder, {
           label: "hessian",
-          a: part,
+          a: { buffer, stride: k, offset: first },
           transposeA: true,
-          b: part,
-          c: { buffer: hessian, stride: columns },
-          m: columns,
-          n: columns,
+          b: { buffer, stride: k },
+          c: { buffer: hessian, stride: k },
+          m: rows,
+          n: k,
           k: block.rows,
           add: "c",
         }),
       );
       damp.push(
-        await rowwise(recorder, "damp", [hessian], { columns, value: DAMPING, workgroups: [1] }),
+        await rowwise(recorder, "damp", [hessian], {
+          rows,
+          columns: k,
+          extra: first,
+          value: DAMPING,
+          workgroups: [1],
+        }),
       );
     }
   }
@@ -90,22 +95,22 @@ async function recordHessians(
 }
 
 /**
- * Cuts K columns into runs of whole groups whose Hessians each fit a binding: one run, but for the
+ * Cuts the rows of a Hessian into runs of whole groups that each fit a binding: one run, but for the
  * widest matrices of the largest models (28672 squared are 3.3 GB).
  *
  * @param maxBytes of a binding
- * @returns first column and number of columns of each run
+ * @returns first row and number of rows of each run
  */
-export function hessianParts(
+export function hessianBands(
   k: number,
   g: number,
   maxBytes: number,
-): [first: number, columns: number][] {
-  const most = Math.floor(Math.sqrt(maxBytes / 4) / g) * g;
-  const parts = Math.ceil(k / most);
-  const columns = Math.ceil(k / parts / g) * g;
-  return Array.from({ length: Math.ceil(k / columns) }, (_, i) => [
-    i * columns,
-    Math.min(columns, k - i * columns),
+): [first: number, rows: number][] {
+  const most = Math.max(1, Math.floor(maxBytes / 4 / k / g)) * g;
+  const bands = Math.ceil(k / most);
+  const rows = Math.ceil(k / bands / g) * g;
+  return Array.from({ length: Math.ceil(k / rows) }, (_, i) => [
+    i * rows,
+    Math.min(rows, k - i * rows),
   ]);
 }

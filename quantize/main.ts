@@ -52,7 +52,8 @@ const COMMAND = {
       type: "integer",
       default: 64,
       min: 1,
-      help: "sequences that blocks are fitted and tuned on",
+      help: "sequences that blocks are fitted and tuned on; 256, with --block-steps 64 and " +
+        "--batch 4, for models that are too large to be tuned whole",
     },
     "fit-rounds": {
       type: "integer",
@@ -120,8 +121,6 @@ type Flags = ReturnType<typeof parseFlags<typeof COMMAND.flags>>["values"];
 
 /** Rates of model tuning, as parts of the quantization error; they measured best on story-16m. */
 const RATES = { codebooks: 0.009, scales: 0.009, norms: 0.003 };
-/** The largest binding to expect of a GPU, before one is opened. */
-const ASSUMED_BINDING = 2 ** 31;
 /** Groups of each matrix that a block's first codebooks are trained on: enough for 256 centroids. */
 const SAMPLE_WEIGHTS = 2 ** 13;
 
@@ -192,9 +191,8 @@ async function prepare(values: Flags, path: string) {
     blockSequences: values["block-sequences"],
     ...common(values),
   };
-  const plan = (maxBindingBytes: number) =>
-    planQuantization(checkpoint, format, settings, text, maxBindingBytes);
-  if (plan(ASSUMED_BINDING).modelGpuBytes > values.memory) {
+  const plan = () => planQuantization(checkpoint, format, settings, text);
+  if (plan().modelGpuBytes > values.memory) {
     console.error(
       `Tuning the whole model would take more than --memory ${values.memory} bytes of the GPU; ` +
         "its blocks are tuned only",
@@ -209,14 +207,14 @@ async function dryRun(values: Flags): Promise<void> {
     throw new FleetError("bad-usage", "--dry-run plans calibrated runs; name --calibration");
   }
   const { plan } = await prepare(values, values.calibration);
-  console.log(describePlan(plan(ASSUMED_BINDING)));
+  console.log(describePlan(plan()));
 }
 
 async function calibrated(values: Flags, path: string): Promise<number> {
   const { checkpoint, format, text, settings, plan } = await prepare(values, path);
   const gpu = await Gpu.open({ software: values.software });
   try {
-    const { blockGpuBytes } = plan(gpu.limits.maxStorageBufferBindingSize);
+    const { blockGpuBytes } = plan();
     if (blockGpuBytes > values.memory) {
       throw new FleetError(
         "out-of-memory",

@@ -7,14 +7,12 @@ import type { Checkpoint } from "../shared/checkpoint/mod.ts";
 import {
   type CodeGemmFormat,
   LINEAR_NAMES,
-  type LinearName,
   linearShape,
   type ModelConfig,
 } from "../shared/model_config.ts";
 import type { CalibratedSettings } from "./calibrated.ts";
-import { hessianParts } from "./capture.ts";
 import { gradientChunks } from "./gpu/coded_matrix.ts";
-import { type BlockInput, MATRIX_INPUTS } from "./gpu/forward.ts";
+import { BLOCK_INPUTS, type BlockInput } from "./gpu/forward.ts";
 import { planTensors } from "./output.ts";
 import type { Phase } from "./phases.ts";
 
@@ -59,7 +57,6 @@ export function totalOperations({ operations }: QuantizationPlan): number {
  * Plans a quantization.
  *
  * @param text calibration tokens and those of a sequence
- * @param maxBindingBytes of the adapter: it decides how Hessians are cut
  * @throws FleetError `bad-checkpoint` as the quantization would
  */
 export function planQuantization(
@@ -67,7 +64,6 @@ export function planQuantization(
   format: CodeGemmFormat,
   settings: CalibratedSettings,
   text: { tokens: number; sequences: number },
-  maxBindingBytes: number,
 ): QuantizationPlan {
   const { config } = checkpoint, { m, v, g } = format;
   const { hiddenSize: hidden, vocabSize, layers, tiedEmbeddings } = config;
@@ -88,7 +84,7 @@ export function planQuantization(
     .reduce((sum, tensor) => sum + tensor.bytes, 0);
   const kept = Math.max(0, ...keptOfLayer.values());
 
-  const sizes = layerSizes(config, format, maxBindingBytes);
+  const sizes = layerSizes(config, format);
   const { layerWeights, largest, hessians } = sizes;
   const rows = settings.batchSequences * text.tokens;
   const blockSequences = Math.floor(
@@ -137,14 +133,14 @@ export function planQuantization(
 type LayerSizes = ReturnType<typeof layerSizes>;
 
 /** Elements of a layer's matrices and Hessians. */
-function layerSizes(config: ModelConfig, { m, v, g }: CodeGemmFormat, maxBindingBytes: number) {
+function layerSizes(config: ModelConfig, { m, v }: CodeGemmFormat) {
   const shapes = LINEAR_NAMES.map((name) => linearShape(config, name));
-  const squares = new Map<BlockInput, number>();
-  const squareOf = (name: LinearName) => {
-    const parts = hessianParts(linearShape(config, name)[1], g, maxBindingBytes);
-    const square = parts.reduce((sum, [, columns]) => sum + columns ** 2, 0);
-    squares.set(MATRIX_INPUTS[name], square);
-    return square;
+  const { hiddenSize, heads, headDim, ffnSize } = config;
+  const widths: Record<BlockInput, number> = {
+    attention: hiddenSize,
+    output: heads * headDim,
+    mlp: hiddenSize,
+    down: ffnSize,
   };
   const layerWeights = shapes.reduce((sum, [n, k]) => sum + n * k, 0);
   return {
@@ -157,10 +153,10 @@ function layerSizes(config: ModelConfig, { m, v, g }: CodeGemmFormat, maxBinding
       0,
     ),
     /** Operations of `D H` for the differences of all matrices. */
-    slope: LINEAR_NAMES.reduce((sum, name, i) => sum + 2 * shapes[i][0] * squareOf(name), 0),
+    slope: shapes.reduce((sum, [n, k]) => sum + 2 * n * k * k, 0),
     /** Operations of comparing all centroids for every code: products with a v x v matrix. */
     search: layerWeights / v * m * CENTROIDS * 2 * v * (v + 2) * (m === 1 ? 1 : 2),
-    hessians: squares.values().reduce((sum, square) => sum + square, 0),
+    hessians: BLOCK_INPUTS.reduce((sum, input) => sum + widths[input] ** 2, 0),
   };
 }
 

@@ -49,7 +49,7 @@ export interface BlockTask {
   inputs: { float: Activations; quantized: Activations };
   outputs: { float: Activations; quantized: Activations };
   batches: number;
-  /** Hessians that take more are cut into parts. */
+  /** Hessians that take more are cut into bands. */
   maxHessianBytes: number;
 }
 

@@ -25,12 +25,13 @@ const CENTROIDS = 256;
 const CHUNK_VECTORS = 1024;
 /** Chunks of a matrix, at most: they bound the memory of partial gradients. */
 const MAX_CHUNKS = 512;
-/** `X'X` of some of a matrix's columns, `(columns, columns)`. */
-export interface HessianPart {
+
+/** Some rows of `X'X`, whole: `(rows, K)`. All of it where a buffer holds that much. */
+export interface HessianBand {
   buffer: GPUBuffer;
-  /** First column. */
+  /** First row. */
   first: number;
-  columns: number;
+  rows: number;
 }
 
 /** Rounds over the codebooks of a vector, each given the others. */
@@ -130,12 +131,12 @@ export class CodedMatrix {
    * anew.
    *
    * @param slope `(W_q - W) H (N, K)` before; not changed
-   * @param hessian of a part that holds all of these columns
+   * @param hessian a band with the rows of all these columns
    * @param change how `W_q` changes in these columns, `(N, columns)`
    */
   search(
     slope: GPUBuffer,
-    hessian: HessianPart,
+    hessian: HessianBand,
     change: GPUBuffer,
     first: number,
     columns: number,
@@ -176,7 +177,7 @@ export class CodedMatrix {
       extra?: number;
       columns?: number;
       passes?: number;
-      hessian?: HessianPart;
+      hessian?: HessianBand;
       buffers: {
         codes: true;
         codebooks?: true;
@@ -209,7 +210,7 @@ export class CodedMatrix {
       constants: [
         ...[n, k, m, v, g],
         ...[request.extra ?? 0, request.columns ?? 0, request.passes ?? 0],
-        ...[request.hessian?.first ?? 0, request.hessian?.columns ?? 0, 0, 0],
+        ...[request.hessian?.first ?? 0, 0, 0, 0],
       ],
       buffers: bound.map(({ buffer }) => buffer!),
       bindings: bound.map(({ binding }) => binding),

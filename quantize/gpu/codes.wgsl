@@ -11,10 +11,10 @@ struct Params {
   extra: u32, // vectors a chunk, first column of a block, first row in W: see the kernel
   columns: u32, // of a block of the search
   passes: u32, // of the search over the codebooks of a vector
-  origin: u32, // first column that the Hessian stands for
-  width: u32, // and how many
+  origin: u32, // first row of the Hessian that is bound
   unused_0: u32,
   unused_1: u32,
+  unused_2: u32,
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -165,7 +165,7 @@ fn search(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_ind
         let x = codebooks[(book * SIZE + lane) * p.v + d] - codebooks[(book * SIZE + old) * p.v + d];
         var along = 0.0;
         for (var e = 0u; e < p.v; e++) {
-          along += hessian[(p.extra - p.origin + i + d) * p.width + p.extra - p.origin + i + e] *
+          along += hessian[(p.extra - p.origin + i + d) * p.k + p.extra + i + e] *
             (codebooks[(book * SIZE + lane) * p.v + e] - codebooks[(book * SIZE + old) * p.v + e]);
         }
         square += x * along;
@@ -179,7 +179,7 @@ fn search(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_ind
           for (var d = 0u; d < p.v; d++) {
             let by = scale * (codebooks[(book * SIZE + best) * p.v + d] -
               codebooks[(book * SIZE + old) * p.v + d]);
-            sum += by * hessian[(p.extra - p.origin + i + d) * p.width + p.extra - p.origin + lane];
+            sum += by * hessian[(p.extra - p.origin + i + d) * p.k + p.extra + lane];
             if (lane == i + d) {
               change[lane] += by;
             }

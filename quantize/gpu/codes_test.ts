@@ -107,7 +107,7 @@ Deno.test("the search takes, vector by vector, the code of the smallest weighted
     recorder.run([
       await matrix.search(
         recorder.upload("slope", slope),
-        { buffer: recorder.upload("hessian", hessian), first: 0, columns: K },
+        { buffer: recorder.upload("hessian", hessian), first: 0, rows: K },
         change,
         first,
         columns,

@@ -11,7 +11,7 @@
 import type { Gpu } from "../../kernels/gpu.ts";
 import type { CodeGemmFormat } from "../../shared/model_config.ts";
 import { Adam } from "./adam.ts";
-import { type CodedArrays, CodedMatrix, type HessianPart, startArrays } from "./coded_matrix.ts";
+import { type CodedArrays, CodedMatrix, type HessianBand, startArrays } from "./coded_matrix.ts";
 import type { Stopwatch } from "../phases.ts";
 import { matmul } from "./matmul.ts";
 import { type Operation, Recorder } from "./operation.ts";
@@ -42,8 +42,7 @@ const BLOCK_COLUMNS = 128;
  * Fits a matrix.
  *
  * @param weights `(N, K)`
- * @param hessians damped, of parts that cover K in order: columns of different parts are taken to be
- *   independent
+ * @param hessian damped, in bands that cover K in order; each ends where a group does
  * @param codebooks to begin with
  * @param watch takes the times of `read`, `codes` and `codebooks`
  */
@@ -51,7 +50,7 @@ export async function fitMatrix(
   gpu: Gpu,
   weights: Float32Array<ArrayBuffer>,
   [n, k]: readonly [n: number, k: number],
-  hessians: readonly HessianPart[],
+  hessian: readonly HessianBand[],
   codebooks: Float32Array<ArrayBuffer>,
   format: CodeGemmFormat,
   { fitRounds, fitSteps }: FitSettings,
@@ -68,16 +67,17 @@ export async function fitMatrix(
       recorder.buffer(label, n * k)
     );
     const slopeOf: Operation[] = [];
-    for (const { buffer, first, columns } of hessians) {
+    for (const { buffer, first, rows } of hessian) {
       slopeOf.push(
         ...await matmul(recorder, {
           label: "slope",
           a: { buffer: difference, stride: k, offset: first },
-          b: { buffer, stride: columns },
-          c: { buffer: slope, stride: k, offset: first },
+          b: { buffer, stride: k },
+          c: { buffer: slope, stride: k },
           m: n,
-          n: columns,
-          k: columns,
+          n: k,
+          k: rows,
+          add: first > 0 ? "c" : undefined,
         }),
       );
     }
@@ -99,25 +99,25 @@ export async function fitMatrix(
     const sweep = [...measure];
     const block = blockColumns(format.v);
     const change = recorder.buffer("change", n * block);
-    for (const hessian of hessians) {
-      const end = hessian.first + hessian.columns;
-      for (let first = hessian.first; first < end; first += block) {
+    for (const band of hessian) {
+      const end = band.first + band.rows;
+      for (let first = band.first; first < end; first += block) {
         const columns = Math.min(block, end - first), next = first + columns;
-        sweep.push(await matrix.search(slope, hessian, change, first, columns));
-        if (next === end) break;
+        sweep.push(await matrix.search(slope, band, change, first, columns));
+        if (next === k) break;
         // The columns that are still to come; a sweep does not come back to those before.
         sweep.push(
           ...await matmul(recorder, {
             label: "slope change",
             a: { buffer: change, stride: columns },
             b: {
-              buffer: hessian.buffer,
-              stride: hessian.columns,
-              offset: (first - hessian.first) * hessian.columns + next - hessian.first,
+              buffer: band.buffer,
+              stride: k,
+              offset: (first - band.first) * k + next,
             },
             c: { buffer: slope, stride: k, offset: next },
             m: n,
-            n: end - next,
+            n: k - next,
             k: columns,
             add: "c",
           }),

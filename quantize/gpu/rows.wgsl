@@ -296,16 +296,16 @@ fn dot_product(
   }
 }
 
-// out_0 (columns, columns): value times the mean of the diagonal is added to the diagonal. One
-// workgroup.
+// out_0 (rows, columns), rows of a square matrix from row `extra` on: value times the mean of its
+// diagonal in these rows is added to the diagonal. One workgroup.
 @compute @workgroup_size(LANES)
 fn damp(@builtin(local_invocation_index) lane: u32) {
   var sum = 0.0;
-  for (var i = lane; i < p.columns; i += LANES) {
-    sum += out_0[i * p.columns + i];
+  for (var i = lane; i < p.rows; i += LANES) {
+    sum += out_0[i * p.columns + p.extra + i];
   }
-  let by = p.value * total(lane, sum) / f32(p.columns);
-  for (var i = lane; i < p.columns; i += LANES) {
-    out_0[i * p.columns + i] += by;
+  let by = p.value * total(lane, sum) / f32(p.rows);
+  for (var i = lane; i < p.rows; i += LANES) {
+    out_0[i * p.columns + p.extra + i] += by;
   }
 }
