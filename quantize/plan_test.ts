@@ -80,18 +80,18 @@ function largeCheckpoint(): Checkpoint {
   } as Partial<Checkpoint> as Checkpoint;
 }
 
-Deno.test("70B fits 32 GiB of memory and a 24 GiB GPU, and is done within a day on an H200", () => {
+Deno.test("70B at the setting that --help names fits 32 GiB of memory and a 16 GiB GPU, and is done within a day on an H200", () => {
   const plan = planQuantization(
     largeCheckpoint(),
     parseFormat("m1v4g128"),
-    SETTINGS,
+    { ...SETTINGS, blockSequences: 256, blockSteps: 64 },
     TEXT,
   );
   assertAlmostEquals(plan.bitsPerWeight, 2.125, 1e-3);
   // 68.5 billion weights at 2.125 bits, two float16 ends of 2.1 GB.
   assertAlmostEquals(plan.outputBytes / 1e9, 22.4, 0.1);
   assertLess(plan.ramBytes, 32 * 2 ** 30);
-  assertLess(plan.blockGpuBytes, 24 * 2 ** 30);
+  assertLess(plan.blockGpuBytes, 16 * 2 ** 30);
   assertEquals(plan.modelGpuBytes, 0);
   assertLess(totalOperations(plan) / MEASURED_FLOPS, 24 * 3600);
   assertStringIncludes(describePlan(plan), "not tuned whole");
