@@ -9,6 +9,7 @@ import { FleetError } from "../shared/errors.ts";
 import {
   kvBindingBytesPerPage,
   kvPageBytes,
+  layerCodebookBytes,
   partBytes,
   stageFootprint,
 } from "../shared/footprint.ts";
@@ -192,7 +193,8 @@ function candidateOf(request: PlanRequest, worker: PlanWorker, limits: StageLimi
   const { card } = worker;
   const { denseBytesPerMs, overheadMsPerLayer } = card.calibration;
   const layerBytes = Math.max(...layerParts(config).map((part) => bytesOf(stored, config, part)));
-  const layerMs = layerBytes / layerBytesPerMs(config, card) + overheadMsPerLayer;
+  const readBytes = layerBytes - layerCodebookBytes(config);
+  const layerMs = readBytes / layerBytesPerMs(config, card) + overheadMsPerLayer;
   const headMs = bytesOf(stored, config, "head") / denseBytesPerMs + overheadMsPerLayer;
   const kvBytes = limits.pages * kvPageBytes(config);
   const bindable = limits.pages * kvBindingBytesPerPage(config) <= card.maxBindingBytes;

@@ -203,8 +203,18 @@ Deno.test("planStages() foretells each kind of weights by the rate measured for 
     ms({ m: 1, v: 8, g: -1, b: 16 }),
     ms(null),
   ];
-  // 17.1 GB of codes at 0.3 TB/s, with 0.6 GB of codebooks; 18.2 GB at 0.8 TB/s; 137 GB at 1 TB/s.
+  // 17 GB of codes at 0.3 TB/s; 18 GB at 0.8 TB/s; 137 GB at 1 TB/s.
   assert(wide > 2 * codes && dense > 2 * wide, `${codes}, ${wide}, ${dense} ms`);
+});
+
+Deno.test("planStages() counts codebooks as memory, not as weights that every token reads", () => {
+  // 7 MiB of codebooks a layer beside a third of a MB of codes.
+  const config = { ...small, codegemm: { m: 1, v: 8, g: -1, b: 16 } };
+  const { stages: [stage] } = planStages(request({ workers: [worker("a", 4)], config }));
+  assert(stage.weightBytes > small.layers * 7 * 2 ** 20, `${stage.weightBytes} bytes`);
+  const { overheadMsPerLayer, wideCodeBytesPerMs } = worker("a", 4).card.calibration;
+  const readMs = stage.predictedMs - (small.layers + 1) * overheadMsPerLayer;
+  assert(readMs < small.layers * 2 ** 20 / wideCodeBytesPerMs, `${readMs} ms`);
 });
 
 Deno.test("planStages() says that nobody is there", () => {

@@ -9,6 +9,7 @@
  */
 import { LIMITS } from "./limits.ts";
 import {
+  type CodeGemmFormat,
   codesPerWord,
   LINEAR_NAMES,
   linearShape,
@@ -88,14 +89,22 @@ export function partBytes(config: ModelConfig, part: PartName): number {
   return matrices.reduce((sum, bytes) => sum + bytes, 0) + 2 * norm;
 }
 
+/** Bytes of a layer's codebooks: they take memory, but a decode step finds them in a cache. */
+export function layerCodebookBytes({ codegemm }: ModelConfig): number {
+  return codegemm === null ? 0 : LINEAR_NAMES.length * codebookBytes(codegemm);
+}
+
+function codebookBytes({ m, v, b }: CodeGemmFormat): number {
+  return m * 2 ** b * v * F16;
+}
+
 function matrixBytes({ codegemm }: ModelConfig, n: number, k: number): number {
   if (!codegemm) return denseBytes(n, k);
-  const { m, v, g, b } = matrixFormat(codegemm, k);
+  const { m, v, g } = matrixFormat(codegemm, k);
   const paddedN = roundUp(n, N_ALIGN) + N_ALIGN * Math.ceil(n / N_BLOCK);
   const codes = m * (k / v) * paddedN * U32 / codesPerWord(codegemm);
-  const codebooks = m * 2 ** b * v * F16;
   const scales = (k / g) * paddedN * F16;
-  return codes + codebooks + scales;
+  return codes + codebookBytes(codegemm) + scales;
 }
 
 function denseBytes(n: number, k: number): number {

@@ -31,6 +31,7 @@ export function codeKernelWgsl(kernel: CodeKernel): string {
   const workgroups = order.rowBlock / (threads * rowsPerThread);
   invariant(Number.isInteger(workgroups), "workgroups cover a row block");
   invariant(codeKernelFits(kernel), "the kernel fits into workgroup memory");
+  invariant(family === "dequantize" || format.b === 8, "Psumbooks have an entry for each byte");
   const lanes = batchLanes(batch);
   const turns = order.unitPositions / kernel.turnPositions;
   const make = family === "codegemm"
