@@ -11,6 +11,7 @@
 import denoJson from "../deno.json" with { type: "json" };
 import { type Child, startChild, taskArgs } from "../cli/processes.ts";
 import type { FleetSnapshot } from "../coordinator/snapshot.ts";
+import { parseFormatName } from "../shared/checkpoint/mod.ts";
 import { FleetError } from "../shared/errors.ts";
 import { parseFlags, runCommand } from "../shared/flags.ts";
 import { freePort } from "../cli/ports.ts";
@@ -29,7 +30,7 @@ const COMMAND = {
   flags: {
     shape: { type: "string", default: "llama-3-8b", help: Object.keys(SHAPES).join(", ") },
     layers: { type: "integer", min: 1, help: "fewer layers than the shape has" },
-    format: { type: "string", default: "m1v4g128", help: "m..v..g.." },
+    format: { type: "string", default: "m1v4g128", help: "m1v4g128, m1v8b16 (AQLM's 1x16), ..." },
     workers: { type: "integer", default: 2, min: 1, max: 16, help: "stages, a process each" },
     sequences: { type: "string", default: "1,4,16,32", help: "clients at once" },
     tokens: { type: "integer", default: DEFAULT_TOKENS, min: 4, help: "tokens of an answer" },
@@ -170,12 +171,12 @@ async function measureAll(model: string, stages: number, values: Values): Promis
 /** A checkpoint directory with the demo model's tokenizer. */
 async function checkpoint(values: Values, layers: number): Promise<string> {
   const directory = await Deno.makeTempDir({ prefix: "codegemm-fleet-bench-" });
-  const [m, v, g] = /^m(\d+)v(\d+)g(\d+)$/.exec(values.format)?.slice(1).map(Number) ?? [];
-  if (!m) throw new FleetError("bad-usage", `--format takes m1v4g128, not ${values.format}`);
+  const format = parseFormatName(values.format);
+  if (!format) throw new FleetError("bad-usage", `--format takes m1v4g128, not ${values.format}`);
   const bytes = await writeSyntheticCheckpoint(directory, {
     shape: values.shape as ShapeName,
     layers,
-    format: { m, v, g },
+    format,
     contextTokens: values.context,
   });
   console.log(`${values.shape}, ${layers} layers: ${(bytes / 2 ** 30).toFixed(2)} GiB`);

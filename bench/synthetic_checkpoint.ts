@@ -6,7 +6,7 @@
  */
 import { allParts, encodeHeader, wantedTensors } from "../shared/checkpoint/mod.ts";
 import { parseModelConfig } from "../shared/checkpoint/mod.ts";
-import { DTYPE_BYTES, type TensorInfo } from "../shared/model_config.ts";
+import { type CodeGemmFormat, DTYPE_BYTES, type TensorInfo } from "../shared/model_config.ts";
 import { randomInt, seededRandom } from "../shared/random.ts";
 
 /** `config.json` of the Llama-3 models, and of a tiny one for trying things. */
@@ -25,7 +25,7 @@ export interface SyntheticOptions {
   /** Fewer than the shape's own, for machines and times of less. */
   layers: number;
   /** `m1v4g128` and the like; null for float16 weights. */
-  format: { m: number; v: number; g: number } | null;
+  format: CodeGemmFormat | null;
   contextTokens: number;
   /** Fewer tokens than the shape's own, where embedding and output head are not the point. */
   vocab?: number;
@@ -105,7 +105,7 @@ function configOf({ shape, layers, format, contextTokens, vocab }: SyntheticOpti
         num_codebooks: format.m,
         vec_len: format.v,
         group_size: format.g,
-        nbits_per_codebook: 8,
+        nbits_per_codebook: format.b,
       },
     }),
   };
