@@ -124,7 +124,7 @@ export type Beat = z.infer<typeof Beat>;
 export const NumericsProfile = z.object({
   /** Raised whenever a kernel's order of operations changes. */
   version: z.number().int(),
-  /** The kernel family of decode rows of quantized matrices. */
+  /** The kernel family of decode rows of 8-bit codes; those of more bits always dequantize. */
   decode: z.enum(["codegemm", "dequantize"]),
 });
 /** What decides every bit of a row's arithmetic. */
