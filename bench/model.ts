@@ -4,17 +4,28 @@
  *
  *     deno task bench model --shape llama-3-70b --layers 20 --batch 1,8 --context 1024 --prompt 512
  *
+ * Decoding is measured in three ways:
+ * - `decode`: each step waits for the one before it, as the tokens of a sequence do, on the GPU's own
+ *   thread and without frames;
+ * - `alone`: the same as a fleet drives it, frames in and frames out, across threads; one step in
+ *   flight;
+ * - `busy`: two steps in flight, of two microbatches: what a stage does whose pipeline is full.
+ *
+ * `idle` is what the GPU's own clock says between the end of a step and the beginning of the next one.
+ *
  * @module
  */
-import { Gpu } from "../kernels/gpu.ts";
-import { StageModel, type StageSpec, tuneStage, WeightStore } from "../model/mod.ts";
+import type { StageSpec } from "../model/mod.ts";
+import { parseFormatName } from "../shared/checkpoint/mod.ts";
 import { FleetError } from "../shared/errors.ts";
 import { parseFlags, runCommand } from "../shared/flags.ts";
-import { GREEDY, type StepBatch } from "../shared/frames.ts";
-import { LIMITS } from "../shared/limits.ts";
-import { type CodeGemmFormat, type ModelConfig, stageParts } from "../shared/model_config.ts";
-import { type KernelTime, timeKernels } from "./kernel_times.ts";
-import { syntheticMatrices, syntheticTensors } from "./synthetic_model.ts";
+import type { ModelConfig } from "../shared/model_config.ts";
+import { frameRunner } from "../worker/step_crossing.ts";
+import { Thread } from "../worker/thread.ts";
+import type { KernelTime } from "./kernel_times.ts";
+import { type ModelCalls, type StepSample, WARM_UP_STEPS } from "./model_calls.ts";
+import { MICROBATCHES, stageLimits } from "./stage_batches.ts";
+import { StageDrive } from "./stage_drive.ts";
 
 const LLAMA_3 = {
   vocabSize: 128256,
@@ -46,129 +57,37 @@ const SHAPES: Record<string, Omit<ModelConfig, "codegemm">> = {
   },
 };
 
-const FORMATS: Record<string, CodeGemmFormat | null> = {
-  dense: null,
-  m1v4g128: { m: 1, v: 4, g: 128, b: 8 },
-  m2v8g128: { m: 2, v: 8, g: 128, b: 8 },
-};
-
-/** Steps before the measured ones: drivers compile at first use, clocks rise under load. */
-const WARM_UP_STEPS = 12;
-
 /** What one kind of step took; times in ms, medians over the measured steps. */
-interface Measurement {
-  kind: "decode" | "prefill";
+interface Measurement extends StepSample {
+  kind: "decode" | "alone" | "busy" | "prefill";
   rows: number;
   /** Positions before the step. */
   context: number;
-  /** Wall time from one step's end to the next one's. */
-  stepMs: number;
+  /** Of all rows of the steps that follow each other: with steps of `stepMs`. */
   tokensPerSecond: number;
-  gpuMs: number;
-  /** CPU time of checking, writing and encoding a step, up to its submit. */
-  encodeMs: number;
-  readbackMs: number;
-  /** Wall time in which the GPU had nothing to do: `stepMs - gpuMs`. */
-  idleMs: number;
 }
 
-class Bench {
-  readonly #model: StageModel;
-  readonly #spec: StageSpec;
-  readonly #pagesPerSequence: number;
-
-  constructor(model: StageModel, spec: StageSpec) {
-    this.#model = model;
-    this.#spec = spec;
-    this.#pagesPerSequence = Math.ceil(spec.limits.contextTokens / LIMITS.pageTokens);
-  }
-
-  /** One row of each of `rows` sequences at `position`, as decoding brings them. */
-  decodeBatch(rows: number, position: number): StepBatch {
-    return {
-      sequences: Array.from({ length: rows }, (_, s) => ({ pages: this.#pagesOf(s) })),
-      rowSequence: Uint16Array.from({ length: rows }, (_, row) => row),
-      rowPosition: new Uint32Array(rows).fill(position),
-      rowToken: Uint32Array.from({ length: rows }, (_, row) => row),
-      decodeRows: rows,
-      requests: this.#spec.last ? Array.from({ length: rows }, (_, row) => greedy(row)) : [],
-    };
-  }
-
-  /** `rows` rows of a prompt from `from` on. */
-  prefillBatch(rows: number, from: number): StepBatch {
-    return {
-      sequences: [{ pages: this.#pagesOf(0) }],
-      rowSequence: new Uint16Array(rows),
-      rowPosition: Uint32Array.from({ length: rows }, (_, i) => from + i),
-      rowToken: Uint32Array.from({ length: rows }, (_, i) => i),
-      decodeRows: 0,
-      requests: this.#spec.last ? [greedy(rows - 1)] : [],
-    };
-  }
-
-  /** Each step waits for the one before it, as decoding does. */
-  async measure(
-    kind: Measurement["kind"],
-    context: number,
-    steps: number,
-    batchOf: (step: number) => StepBatch,
-  ): Promise<Measurement> {
-    const samples: { stepMs: number; gpuMs: number; encodeMs: number; readbackMs: number }[] = [];
-    const { hiddenSize } = this.#spec.config;
-    const rows = batchOf(0).rowToken.length;
-    const hidden = this.#spec.first ? null : new Uint16Array(rows * hiddenSize).fill(0x3400);
-    let endedMs = performance.now();
-    const warmUp = kind === "decode" ? WARM_UP_STEPS : 1;
-    for (let step = 0; step < warmUp + steps; step++) {
-      const batch = batchOf(step);
-      const beganMs = performance.now();
-      const ticket = this.#model.submit(batch, hidden);
-      const submittedMs = performance.now();
-      const output = await this.#model.finish(ticket);
-      const nowMs = performance.now();
-      samples.push({
-        stepMs: nowMs - endedMs,
-        gpuMs: output.gpuMs,
-        encodeMs: submittedMs - beganMs,
-        readbackMs: output.readbackMs,
-      });
-      endedMs = nowMs;
-    }
-    const measured = samples.slice(warmUp);
-    const middle = (of: (sample: typeof samples[number]) => number) => median(measured.map(of));
-    const stepMs = middle((sample) => sample.stepMs);
-    return {
-      kind,
-      rows,
-      context,
-      stepMs,
-      tokensPerSecond: rows / stepMs * 1000,
-      gpuMs: middle((sample) => sample.gpuMs),
-      encodeMs: middle((sample) => sample.encodeMs),
-      readbackMs: middle((sample) => sample.readbackMs),
-      idleMs: middle((sample) => sample.stepMs - sample.gpuMs),
-    };
-  }
-
-  /** What each kernel of a decode step takes. */
-  async profile(gpu: Gpu, rows: number, context: number): Promise<KernelTime[]> {
-    const hidden = this.#spec.first
-      ? null
-      : new Uint16Array(rows * this.#spec.config.hiddenSize).fill(0x3400);
-    return await timeKernels(gpu, async () => {
-      await this.#model.finish(this.#model.submit(this.decodeBatch(rows, context), hidden));
-    });
-  }
-
-  #pagesOf(sequence: number): Uint32Array {
-    const each = this.#pagesPerSequence;
-    return Uint32Array.from({ length: each }, (_, i) => sequence * each + i);
-  }
-}
-
-function greedy(row: number): StepBatch["requests"][number] {
-  return { type: "sample", row, sampling: GREEDY };
+function summary(
+  kind: Measurement["kind"],
+  rows: number,
+  context: number,
+  samples: StepSample[],
+): Measurement {
+  const middle = (of: (sample: StepSample) => number) => median(samples.map(of));
+  const middleOrNull = (of: (sample: StepSample) => number | null) =>
+    samples.some((sample) => of(sample) === null) ? null : middle((sample) => of(sample)!);
+  const stepMs = middle((sample) => sample.stepMs);
+  return {
+    kind,
+    rows,
+    context,
+    stepMs,
+    tokensPerSecond: rows / stepMs * 1000,
+    gpuMs: middle((sample) => sample.gpuMs),
+    encodeMs: middleOrNull((sample) => sample.encodeMs),
+    readbackMs: middle((sample) => sample.readbackMs),
+    idleMs: middleOrNull((sample) => sample.idleMs),
+  };
 }
 
 function median(values: number[]): number {
@@ -193,6 +112,7 @@ function choose<T>(flag: string, choices: Record<string, T>, name: string): T {
 const HEADER = "kind     rows  context   step ms   tokens/s    GPU ms  encode  readback   idle ms";
 
 function line(m: Measurement): string {
+  const figure = (value: number | null) => value === null ? "-" : value.toFixed(2);
   return [
     m.kind.padEnd(8),
     String(m.rows).padStart(4),
@@ -200,9 +120,9 @@ function line(m: Measurement): string {
     m.stepMs.toFixed(2).padStart(9),
     m.tokensPerSecond.toFixed(1).padStart(10),
     m.gpuMs.toFixed(2).padStart(9),
-    m.encodeMs.toFixed(2).padStart(7),
+    figure(m.encodeMs).padStart(7),
     m.readbackMs.toFixed(2).padStart(9),
-    m.idleMs.toFixed(2).padStart(9),
+    (m.idleMs?.toFixed(3) ?? "-").padStart(9),
   ].join(" ");
 }
 
@@ -214,12 +134,22 @@ async function main(): Promise<void> {
       shape: { type: "string", default: "llama-3-70b", help: Object.keys(SHAPES).join(", ") },
       layers: { type: "integer", min: 1, help: "layers of the stage (all)" },
       ends: { type: "string", help: "with embedding and output head: yes or no (with all layers)" },
-      format: { type: "string", default: "m1v4g128", help: Object.keys(FORMATS).join(", ") },
+      format: {
+        type: "string",
+        default: "m1v4g128",
+        help: "dense, m1v4g128, m1v8b16 (AQLM's 1x16), ...",
+      },
       decode: { type: "string", default: "codegemm", help: "codegemm or dequantize" },
       batch: { type: "string", default: "1,8,32", help: "sequences that decode together" },
       context: { type: "integer", default: 1024, min: 1, help: "positions before a decode step" },
       prompt: { type: "integer", default: 512, min: 0, help: "rows of a prefill step; 0 for none" },
       steps: { type: "integer", default: 24, min: 1, help: "measured decode steps" },
+      wire: {
+        type: "number",
+        default: 0.5,
+        min: 0,
+        help: "alone and busy: from output to input, ms",
+      },
       tune: { type: "boolean", help: "choose kernel variants first, as a worker does" },
       kernels: { type: "boolean", help: "also time each kernel of a decode step by itself" },
       software: { type: "boolean", help: "run on the CPU where there is no GPU" },
@@ -227,70 +157,60 @@ async function main(): Promise<void> {
     },
   });
   const shape = choose("shape", SHAPES, values.shape);
-  const codegemm = choose("format", FORMATS, values.format);
+  const codegemm = values.format === "dense" ? null : parseFormatName(values.format);
+  if (codegemm === null && values.format !== "dense") {
+    throw new FleetError("bad-usage", `--format takes dense or m1v4g128, not ${values.format}`);
+  }
   const families = { codegemm: "codegemm", dequantize: "dequantize" } as const;
   const batches = integers("batch", values.batch);
   const layers = values.layers ?? shape.layers;
   const ends = values.ends === undefined ? layers === shape.layers : values.ends === "yes";
   const config = { ...shape, layers, codegemm };
-  const most = Math.max(...batches);
-  const contextTokens = Math.max(
-    values.context + WARM_UP_STEPS + values.steps + 1,
-    values.prompt,
-  );
+  const { context, steps, prompt, wire: wireMs } = values;
+  const contextTokens = Math.max(context + WARM_UP_STEPS + steps + 1, prompt);
   const spec: StageSpec = {
     config,
     from: 0,
     to: layers,
     first: ends,
     last: ends,
-    limits: {
-      maxRows: Math.max(most, values.prompt),
-      maxSequences: most,
-      maxOutputs: most,
-      pages: most * Math.ceil(contextTokens / LIMITS.pageTokens),
-      contextTokens,
-    },
+    limits: stageLimits(Math.max(...batches), contextTokens, prompt),
     profile: { version: 1, decode: choose("decode", families, values.decode) },
   };
 
-  const gpu = await Gpu.open({ software: values.software });
-  const store = new WeightStore(gpu);
-  const loadingMs = performance.now();
-  for (const part of stageParts(spec)) {
-    await store.load(config, part, syntheticTensors(config), part, syntheticMatrices(gpu));
-  }
-  const tuning: string[] = [];
-  const variants = values.tune
-    ? await tuneStage(gpu, spec, store, {
-      read: () => Promise.resolve(tuning.at(-1) ?? null),
-      write: (text) => Promise.resolve(void tuning.push(text)),
-    })
-    : undefined;
-  for (const text of tuning) console.log(`tuned: ${text}`);
-  const model = await StageModel.load(gpu, { ...spec, variants }, store);
-  const loadSeconds = (performance.now() - loadingMs) / 1000;
+  const thread = new Thread<ModelCalls>(new URL("./model_thread.ts", import.meta.url), "GPU");
+  const args = { spec, software: values.software, tune: values.tune };
+  const { adapter, memoryBytes, loadSeconds } = await thread.call("load", args, {
+    onNote: (text) => console.log(text),
+  });
   console.log(
-    `${gpu.info.name}: ${values.shape}, ${layers} layers${ends ? ", embedding and head" : ""}, ` +
-      `${values.format}, ${values.decode}, ${(model.memoryBytes / 2 ** 30).toFixed(1)} GiB, ` +
+    `${adapter}: ${values.shape}, ${layers} layers${ends ? ", embedding and head" : ""}, ` +
+      `${values.format}, ${values.decode}, ${(memoryBytes / 2 ** 30).toFixed(1)} GiB, ` +
       `loaded in ${loadSeconds.toFixed(1)} s`,
   );
+  const drive = new StageDrive(
+    spec,
+    frameRunner((frame) => thread.call("run", { frame }, { transfer: [frame.buffer] })),
+  );
   console.log(HEADER);
-  const bench = new Bench(model, spec);
   const measurements: Measurement[] = [];
-  const kernels: Record<number, KernelTime[]> = {};
-  const take = (measurement: Measurement) => {
-    measurements.push(measurement);
-    console.log(line(measurement));
+  const take = (kind: Measurement["kind"], rows: number, at: number, samples: StepSample[]) => {
+    measurements.push(summary(kind, rows, at, samples));
+    console.log(line(measurements.at(-1)!));
   };
   for (const rows of batches) {
-    const { context, steps } = values;
-    take(
-      await bench.measure("decode", context, steps, (i) => bench.decodeBatch(rows, context + i)),
-    );
+    const how = { rows, context, steps };
+    take("decode", rows, context, await thread.call("direct", { kind: "decode", ...how }));
+    take("alone", rows, context, await drive.measure({ ...how, wireMs, inFlight: 1 }));
+    take("busy", rows, context, await drive.measure({ ...how, wireMs, inFlight: MICROBATCHES }));
   }
+  if (prompt > 0) {
+    const how = { kind: "prefill", rows: prompt, context: 0, steps: 3 } as const;
+    take("prefill", prompt, 0, await thread.call("direct", how));
+  }
+  const kernels: Record<number, KernelTime[]> = {};
   for (const rows of values.kernels ? batches : []) {
-    kernels[rows] = await bench.profile(gpu, rows, values.context);
+    kernels[rows] = await thread.call("profile", { rows, context });
     console.log(`\n${rows} decode rows, by kernel:        us  dispatches`);
     for (const { kernel, microseconds, dispatches } of kernels[rows]) {
       console.log(
@@ -298,15 +218,11 @@ async function main(): Promise<void> {
       );
     }
   }
-  if (values.prompt > 0) {
-    take(await bench.measure("prefill", 0, 3, () => bench.prefillBatch(values.prompt, 0)));
-  }
   if (values.out !== undefined) {
-    const report = { adapter: gpu.info, settings: values, loadSeconds, measurements, kernels };
+    const report = { adapter, settings: values, loadSeconds, measurements, kernels };
     await Deno.writeTextFile(values.out, JSON.stringify(report, null, 2) + "\n");
   }
-  model.destroy();
-  gpu.close();
+  thread.close();
 }
 
 if (import.meta.main) await runCommand(main);

@@ -216,8 +216,11 @@ export class StageModel implements StageSteps {
   }
 
   #start(step: PendingStep, commands: Iterable<GPUCommandBuffer>): void {
-    if (step.startedMs === Infinity) step.startedMs = performance.now();
-    for (const part of commands) this.#gpu.device.queue.submit([part]);
+    const { queue } = this.#gpu.device;
+    step.startedMs = performance.now();
+    // A software adapter does its work on this CPU: a second submit would wait for the first one.
+    if (this.#gpu.info.software) queue.submit([...commands]);
+    else for (const part of commands) queue.submit([part]);
   }
 
   /**
