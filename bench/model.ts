@@ -24,7 +24,7 @@ import { frameRunner } from "../worker/step_crossing.ts";
 import { Thread } from "../worker/thread.ts";
 import type { KernelTime } from "./kernel_times.ts";
 import { type ModelCalls, type StepSample, WARM_UP_STEPS } from "./model_calls.ts";
-import { MICROBATCHES, stageLimits } from "./stage_batches.ts";
+import { stageLimits } from "./stage_batches.ts";
 import { StageDrive } from "./stage_drive.ts";
 
 const LLAMA_3 = {
@@ -202,7 +202,8 @@ async function main(): Promise<void> {
     const how = { rows, context, steps };
     take("decode", rows, context, await thread.call("direct", { kind: "decode", ...how }));
     take("alone", rows, context, await drive.measure({ ...how, wireMs, inFlight: 1 }));
-    take("busy", rows, context, await drive.measure({ ...how, wireMs, inFlight: MICROBATCHES }));
+    const inFlight = LIMITS.maxStepsInFlightPerStage;
+    take("busy", rows, context, await drive.measure({ ...how, wireMs, inFlight }));
   }
   if (prompt > 0) {
     const how = { kind: "prefill", rows: prompt, context: 0, steps: 3 } as const;

@@ -47,7 +47,7 @@ const mailbox = serveThread<ModelCalls>({
 
   async direct({ kind, rows, context, steps }) {
     invariant(loaded, "a model is loaded");
-    const { model, batches } = loaded;
+    const { runner, batches } = loaded;
     const hidden = batches.hidden(rows);
     const samples: StepSample[] = [];
     let endedMs = performance.now();
@@ -57,10 +57,9 @@ const mailbox = serveThread<ModelCalls>({
         ? batches.decode(rows, context + step)
         : batches.prefill(rows);
       const beganMs = performance.now();
-      const ticket = model.submit(batch, hidden);
+      const running = runner.run(batch, hidden);
       const encodeMs = performance.now() - beganMs;
-      model.prepare();
-      const { gpuMs, readbackMs, gpuIdleMs = null } = await model.finish(ticket);
+      const { gpuMs, readbackMs, gpuIdleMs = null } = await running;
       const nowMs = performance.now();
       samples.push({ stepMs: nowMs - endedMs, gpuMs, encodeMs, readbackMs, idleMs: gpuIdleMs });
       endedMs = nowMs;

@@ -7,16 +7,13 @@ import type { StageSpec } from "../model/mod.ts";
 import { GREEDY, type RowRequest, type StepBatch } from "../shared/frames.ts";
 import { LIMITS } from "../shared/limits.ts";
 
-/** Groups of sequences that decode together; each group has pages of its own. */
-export const MICROBATCHES = 2;
-
-/** Positions and pages of a stage's limits for so many sequences in each microbatch. */
+/** A stage's limits for so many sequences at once, and prompts of so many rows. */
 export function stageLimits(sequences: number, contextTokens: number, prompt: number) {
   return {
     maxRows: Math.max(sequences, prompt),
     maxSequences: sequences,
     maxOutputs: sequences,
-    pages: MICROBATCHES * sequences * Math.ceil(contextTokens / LIMITS.pageTokens),
+    pages: sequences * Math.ceil(contextTokens / LIMITS.pageTokens),
     contextTokens,
   };
 }
@@ -30,10 +27,9 @@ export class StageBatches {
   }
 
   /** One row of each of `rows` sequences at `position`, as decoding brings them. */
-  decode(rows: number, position: number, microbatch = 0): StepBatch {
-    const first = microbatch * this.#spec.limits.maxSequences;
+  decode(rows: number, position: number): StepBatch {
     return {
-      sequences: Array.from({ length: rows }, (_, s) => ({ pages: this.#pagesOf(first + s) })),
+      sequences: Array.from({ length: rows }, (_, s) => ({ pages: this.#pagesOf(s) })),
       rowSequence: Uint16Array.from({ length: rows }, (_, row) => row),
       rowPosition: new Uint32Array(rows).fill(position),
       rowToken: Uint32Array.from({ length: rows }, (_, row) => row),

@@ -25,7 +25,10 @@ export interface Drive {
   rows: number;
   context: number;
   steps: number;
-  /** Microbatches: 1 is a stage that has nothing to do between its steps, 2 a busy one. */
+  /**
+   * Microbatches: 1 is a stage that has nothing to do between its steps, 2 a busy one. All use the same
+   * pages, which are long out of the GPU's caches when the next one comes.
+   */
   inFlight: number;
   /** From a step's output to the next step of the same sequences, ms. */
   wireMs: number;
@@ -85,9 +88,8 @@ export class StageDrive {
     let sent = 0, endedMs = performance.now();
     const send = () => {
       if (sent === all) return;
-      const [microbatch, position] = [sent % inFlight, context + Math.floor(sent / inFlight)];
-      sent++;
-      this.#send(this.#batches.decode(rows, position, microbatch));
+      const position = context + Math.floor(sent++ / inFlight);
+      this.#send(this.#batches.decode(rows, position));
     };
     await new Promise<void>((resolve, reject) => {
       this.#fail = reject;

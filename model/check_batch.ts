@@ -45,9 +45,24 @@ export function checkBatch(spec: StageSpec, batch: StepBatch, hidden: Uint16Arra
 
 /** Stages clamp what they send to float16's range; anything else would stay in the pages. */
 function checkFinite(hidden: Uint16Array): void {
-  for (let i = 0; i < hidden.length; i++) {
-    if ((hidden[i] & 0x7c00) === 0x7c00) must(false, `activation ${i} is not a finite number`);
-  }
+  if (allFinite(hidden)) return;
+  const i = hidden.findIndex((bits) => (bits & 0x7c00) === 0x7c00);
+  must(false, `activation ${i} is not a finite number`);
+}
+
+/**
+ * Two at a time, and no branch in the loop: two million of them come with a full step. An exponent
+ * of ones, and no other, carries into the sign's place when one is added to it.
+ */
+function allFinite(hidden: Uint16Array): boolean {
+  const odd = hidden.byteOffset % 4 === 0 ? 0 : 1;
+  const pairs = (hidden.length - odd) >> 1;
+  const words = new Uint32Array(hidden.buffer, hidden.byteOffset + 2 * odd, pairs);
+  let carries = 0;
+  for (let i = 0; i < pairs; i++) carries |= (words[i] & 0x7c007c00) + 0x04000400;
+  if (odd === 1) carries |= (hidden[0] & 0x7c00) + 0x0400;
+  if (odd + 2 * pairs < hidden.length) carries |= (hidden[hidden.length - 1] & 0x7c00) + 0x0400;
+  return (carries & 0x80008000) === 0;
 }
 
 function checkPages({ limits }: StageSpec, batch: StepBatch): void {

@@ -102,8 +102,13 @@ Deno.test("refuses activations of the wrong size, that are not finite, missing, 
   assertThrows(check(later, null), FleetError, "0 activations where 256 belong");
   assertThrows(check(later, new Uint16Array(255)), FleetError, "255 activations");
   for (const notFinite of [0x7c00, 0xfc00, 0x7e01]) {
-    const hidden = new Uint16Array(256);
-    hidden[200] = notFinite;
-    assertThrows(check(later, hidden), FleetError, "activation 200 is not a finite number");
+    for (const at of [0, 1, 200, 254, 255]) {
+      for (const offset of [0, 2]) {
+        const hidden = new Uint16Array(new ArrayBuffer(516), offset, 256).fill(0xfbff);
+        assertEquals(check(later, hidden)(), undefined);
+        hidden[at] = notFinite;
+        assertThrows(check(later, hidden), FleetError, `activation ${at} is not a finite number`);
+      }
+    }
   }
 });

@@ -33,7 +33,7 @@ import { StepTimes } from "./step_times.ts";
 import type { WeightStore } from "./weights.ts";
 
 const IN_FLIGHT = LIMITS.maxStepsInFlightPerStage;
-/** Before a step's end: what it takes to wake and look, and most of the time of its last part. */
+/** How long before a step's end one should turn to it: timers wake a tenth of a millisecond late. */
 const WAKE_MS = 0.15;
 
 /** Everything a stage holds on the GPU beside its weights. */
