@@ -19,6 +19,7 @@ import type { StageSpec } from "../model/mod.ts";
 import { parseFormatName } from "../shared/checkpoint/mod.ts";
 import { FleetError } from "../shared/errors.ts";
 import { parseFlags, runCommand } from "../shared/flags.ts";
+import { LIMITS } from "../shared/limits.ts";
 import type { ModelConfig } from "../shared/model_config.ts";
 import { frameRunner } from "../worker/step_crossing.ts";
 import { Thread } from "../worker/thread.ts";
