@@ -4,6 +4,7 @@
  *
  * @module
  */
+import { setImmediate } from "node:timers";
 import type { StageSpec } from "../model/mod.ts";
 import type { Bus, BusMessage } from "../shared/bus.ts";
 import { systemClock } from "../shared/clock.ts";
@@ -135,12 +136,5 @@ export class StageDrive {
 
 /** Resolves at `dueMs`, to the tenth of a millisecond: timers would be a millisecond late. */
 async function whenDue(dueMs: number): Promise<void> {
-  const { port1, port2 } = new MessageChannel();
-  while (performance.now() < dueMs) {
-    await new Promise((resolve) => {
-      port1.onmessage = resolve;
-      port2.postMessage(null);
-    });
-  }
-  port1.close();
+  while (performance.now() < dueMs) await new Promise((resolve) => void setImmediate(resolve));
 }
