@@ -27,6 +27,39 @@ export function codeInWord(format: CodeGemmFormat, word: string, place: number):
   return shift + format.b === 32 ? shifted : `(${shifted} & ${centroidCount(format) - 1}u)`;
 }
 
+/** Whether WGSL here has `dot4U8Packed`, for {@linkcode codeIndex}. */
+export function hasPackedDot(): boolean {
+  // Deno has the set; its types lack it.
+  const { wgslLanguageFeatures } = navigator.gpu as { wgslLanguageFeatures?: Set<string> };
+  return wgslLanguageFeatures?.has("packed_4x8_integer_dot_product") ?? false;
+}
+
+/**
+ * WGSL of where the centroid of a code stands in a table that holds every centroid several times side
+ * by side: `code * copies + copy`, u32. With 8-bit codes, the dot product of the word's bytes with one
+ * byte takes the code out and multiplies it in a single instruction.
+ *
+ * @param word WGSL of a u32
+ * @param place of the code in the word
+ * @param copies times that the table holds a centroid
+ * @param copy WGSL of the one to take, a u32 below `copies`; not used where there is one
+ * @param packed whether {@linkcode hasPackedDot}; the same index either way
+ */
+export function codeIndex(
+  format: CodeGemmFormat,
+  word: string,
+  place: number,
+  copies: number,
+  copy: string,
+  packed: boolean,
+): string {
+  if (copies === 1) return codeInWord(format, word, place);
+  const oneInstruction = packed && format.b === 8 && copies <= 128;
+  return oneInstruction
+    ? `(dot4U8Packed(${word}, ${copies * 2 ** (place * 8)}u) + ${copy})`
+    : `(${codeInWord(format, word, place)} * ${copies}u + ${copy})`;
+}
+
 /**
  * The element of a codebook binding from which lanes gather at random: eight float16 a load, because
  * such a gather costs by the load and not by its bytes.
