@@ -50,7 +50,7 @@ interface StageResources {
 class PendingStep implements Ticket {
   /** Where its outputs will be read; set once its last commands are encoded. */
   slot: ReadSlot | null = null;
-  /** Encoded, not yet submitted. */
+  /** Encoded, and submitted when the step before it is done; empty once they are. */
   waiting: GPUCommandBuffer[] = [];
   /** When it was submitted. */
   startedMs = Infinity;
@@ -187,7 +187,7 @@ export class StageModel implements StageSteps {
       bytes = await readback.read(step.slot, () => {
         doneMs = performance.now();
         const next = this.#pending[1];
-        if (next) this.#start(next, next.waiting.splice(0));
+        if (next && next.waiting.length > 0) this.#start(next, next.waiting.splice(0));
       });
     } finally {
       this.#pending.shift();
