@@ -14,6 +14,7 @@ import { type CalibratedSettings, quantizeCalibrated } from "./calibrated.ts";
 import { cutSequences } from "./calibration_text.ts";
 import { quantizeCheckpoint } from "./checkpoint.ts";
 import { parseFormat } from "./format.ts";
+import type { TuneRates } from "./gpu/tuned_layer.ts";
 import { directorySink, workDirectory } from "./directory.ts";
 import { describePlan, planQuantization } from "./plan.ts";
 import { readTokenFile } from "./token_file.ts";
@@ -74,15 +75,24 @@ const COMMAND = {
       type: "number",
       default: 0.06,
       min: 0,
-      help: "how far a step of model tuning moves what codes follow, as a part of the " +
+      help: "how far a step of model tuning moves what codes follow, as a part of the layer's " +
         "quantization error; 0 leaves the codes alone",
+    },
+    "model-rate": {
+      type: "number",
+      default: 1,
+      min: 0,
+      max: 100,
+      help: "factor of all rates of model tuning, which follow each layer's quantization error",
     },
     "next-token-share": {
       type: "number",
-      default: 0.3,
+      default: 0,
       min: 0,
       max: 1,
-      help: "of the next token in model tuning's loss; the rest is the float model's distribution",
+      help:
+        "of the next token in model tuning's loss; the rest is the float model's distribution. " +
+        "Above 0 the model goes on learning from the calibration text, away from the float model",
     },
     rounds: {
       type: "integer",
@@ -119,7 +129,7 @@ const COMMAND = {
 
 type Flags = ReturnType<typeof parseFlags<typeof COMMAND.flags>>["values"];
 
-/** Rates of model tuning, as parts of the quantization error; they measured best on story-16m. */
+/** Rates of model tuning, as parts of each layer's quantization error. */
 const RATES = { codebooks: 0.009, scales: 0.009, norms: 0.003 };
 /** Groups of each matrix that a block's first codebooks are trained on: enough for 256 centroids. */
 const SAMPLE_WEIGHTS = 2 ** 13;
@@ -185,7 +195,7 @@ async function prepare(values: Flags, path: string) {
     blockSteps: values["block-steps"],
     sampleGroups: Math.max(1, Math.ceil(SAMPLE_WEIGHTS / format.g)),
     modelSteps: values["model-steps"],
-    rates: { ...RATES, codes: values["code-rate"] },
+    rates: modelRates(values),
     nextTokenShare: values["next-token-share"],
     batchSequences: values.batch,
     blockSequences: values["block-sequences"],
@@ -200,6 +210,17 @@ async function prepare(values: Flags, path: string) {
     settings.modelSteps = 0;
   }
   return { checkpoint, format, text, settings, plan };
+}
+
+/** Rates of model tuning, {@linkcode RATES} and the codes', times what was asked. */
+function modelRates(values: Flags): TuneRates {
+  const by = values["model-rate"];
+  return {
+    codebooks: by * RATES.codebooks,
+    scales: by * RATES.scales,
+    norms: by * RATES.norms,
+    codes: by * values["code-rate"],
+  };
 }
 
 async function dryRun(values: Flags): Promise<void> {

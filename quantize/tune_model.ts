@@ -51,6 +51,8 @@ export interface ModelTask {
   /** For the float model's hidden states, and to go on after a stop. */
   work: WorkFiles;
   clock: Clock;
+  /** Steps between two looks at the held-back sequences. */
+  lookEvery?: number;
   onStep?(done: number, total: number, loss: TuneLoss): void;
 }
 
@@ -65,7 +67,6 @@ export interface TunedModel {
 }
 
 const TEACHER = "teacher.f16";
-/** Steps between two looks at the held-back sequences. */
 const LOOK_EVERY = 16;
 /** Time between two states on disk: they are several times as large as the model. */
 const SAVE_EVERY_MS = 5 * 60_000;
@@ -82,7 +83,8 @@ export async function tuneModel(
   task: ModelTask,
   settings: ModelSettings,
 ): Promise<TunedModel> {
-  const { work, shape } = task, { modelSteps, rates, nextTokenShare } = settings;
+  const { work, shape, lookEvery = LOOK_EVERY } = task,
+    { modelSteps, rates, nextTokenShare } = settings;
   const fingerprint = JSON.stringify([modelSteps, rates, nextTokenShare]);
   let progress = await readProgress(work);
   if (!progress) await teach(gpu, task);
@@ -109,7 +111,7 @@ export async function tuneModel(
     for (let t = 0; t < modelSteps; t++) {
       const chosen = order.next().value.map((i: number) => training[i]);
       if (t < progress.step) continue;
-      if (t % LOOK_EVERY === 0) await look(run, held);
+      if (t % lookEvery === 0) await look(run, held);
       const [tokens, teacher] = await batchOf(task, chosen);
       tuner.step(t, modelSteps, tokens, teacher);
       progress.step = t + 1;
