@@ -3,6 +3,7 @@
  *
  * @module
  */
+import { statfs } from "node:fs/promises";
 import { directorySource } from "../shared/checkpoint/directory.ts";
 import { FleetError } from "../shared/errors.ts";
 import type { WorkFiles } from "./work_files.ts";
@@ -61,6 +62,51 @@ export async function workDirectory(path: string): Promise<{ sink: FileSink; wor
       clear: () => guarded("", () => Deno.remove(inside, { recursive: true })),
     },
   };
+}
+
+/**
+ * Refuses work that a directory's disk has no room for, before any is done. Without permission to ask
+ * (`--allow-sys=statfs`) it is let through: a full disk then ends it where it stands, and it can go on.
+ *
+ * @param path a directory that is there
+ * @param bytes that all files will take at most, those that lie there already included
+ * @throws FleetError `disk`
+ */
+export async function requireSpace(
+  path: string,
+  bytes: number,
+  freeBytes: (path: string) => Promise<number | null> = diskFree,
+): Promise<void> {
+  const free = await freeBytes(path);
+  if (free === null) return;
+  const needed = bytes - await bytesIn(path);
+  if (needed <= free) return;
+  const gib = (size: number) => `${(size / 2 ** 30).toFixed(2)} GiB`;
+  throw new FleetError(
+    "disk",
+    `The disk of ${path} is too full: ${gib(needed)} are needed for the work and its result, ` +
+      `${gib(free)} are free; free some, or name another --out`,
+  );
+}
+
+async function diskFree(path: string): Promise<number | null> {
+  try {
+    const { bavail, bsize } = await statfs(path);
+    return bavail * bsize;
+  } catch (cause) {
+    if (cause instanceof Deno.errors.NotCapable) return null;
+    throw diskError(path, cause);
+  }
+}
+
+/** Sizes of all files in a directory and those below it. */
+async function bytesIn(path: string): Promise<number> {
+  let bytes = 0;
+  for await (const { name, isDirectory } of Deno.readDir(path)) {
+    const inside = `${path}/${name}`;
+    bytes += isDirectory ? await bytesIn(inside) : (await Deno.stat(inside)).size;
+  }
+  return bytes;
 }
 
 /** Makes a directory that nothing is in except what is `ours`. */

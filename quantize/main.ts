@@ -15,7 +15,8 @@ import { cutSequences } from "./calibration_text.ts";
 import { quantizeCheckpoint } from "./checkpoint.ts";
 import { parseFormat } from "./format.ts";
 import type { TuneRates } from "./gpu/tuned_layer.ts";
-import { directorySink, workDirectory } from "./directory.ts";
+import { directorySink, requireSpace, workDirectory } from "./directory.ts";
+import { planTensors } from "./output.ts";
 import { describePlan, planQuantization } from "./plan.ts";
 import { readTokenFile } from "./token_file.ts";
 
@@ -163,11 +164,15 @@ function common(values: Flags) {
 
 async function plain(values: Flags): Promise<number> {
   const checkpoint = await openCheckpoint(directorySource(values.in));
+  const format = parseFormat(values.format), { keep, fallback } = common(values);
+  const tensors = planTensors(checkpoint, format, keep, fallback).flatMap((item) => item.tensors);
+  const sink = await directorySink(values.out);
+  await requireSpace(values.out, tensors.reduce((sum, { bytes }) => sum + bytes, 0));
   const report = await quantizeCheckpoint(
     checkpoint,
-    parseFormat(values.format),
+    format,
     { rounds: values.rounds, sampleVectors: values.samples, ...common(values) },
-    await directorySink(values.out),
+    sink,
     {
       clock: systemClock,
       onMatrix({ name, relativeError, seconds }, done, total) {
@@ -235,7 +240,7 @@ async function calibrated(values: Flags, path: string): Promise<number> {
   const { checkpoint, format, text, settings, plan } = await prepare(values, path);
   const gpu = await Gpu.open({ software: values.software });
   try {
-    const { blockGpuBytes } = plan();
+    const { blockGpuBytes, workBytes, outputBytes } = plan();
     if (blockGpuBytes > values.memory) {
       throw new FleetError(
         "out-of-memory",
@@ -245,6 +250,8 @@ async function calibrated(values: Flags, path: string): Promise<number> {
           `${(values.memory / 2 ** 30).toFixed(1)} GiB; lower --batch, or raise --memory`,
       );
     }
+    const files = await workDirectory(values.out);
+    await requireSpace(values.out, workBytes + outputBytes);
     const startMs = performance.now();
     const left = (done: number, total: number) => {
       const seconds = (performance.now() - startMs) / 1000;
@@ -254,7 +261,7 @@ async function calibrated(values: Flags, path: string): Promise<number> {
     const report = await quantizeCalibrated(checkpoint, format, text, settings, {
       gpu,
       clock: systemClock,
-      ...await workDirectory(values.out),
+      ...files,
       onPart(layer, what, seconds) {
         if (values.verbose) {
           console.error(`block ${layer + 1}: ${what}, ${seconds.toFixed(1)} s`);

@@ -104,14 +104,21 @@ export function planQuantization(
   const copies = settings.rates.codes > 0 ? 3 * layerWeights : 0;
   const ends = (tiedEmbeddings ? 1 : 2) * vocabSize * hidden;
   const teacher = both + layers * layerWeights + vocabSize * hidden;
-  const student = both + ends + layers * (tuned + copies + rows * hidden) + 2 * rows * vocabSize;
+  // The best model so far is kept beside the one that is tuned.
+  const student = both + ends + layers * (tuned + coded + copies + rows * hidden) +
+    2 * rows * vocabSize;
+  const state = layers *
+    (2 * coded + 4 * (layerWeights / g + LINEAR_NAMES.length * m * CENTROIDS * v) + copies);
   const streams = 4 * blockTokens * hidden * 2;
   return {
     bitsPerWeight: weights === 0 ? 16 : 8 * stored / weights,
     outputBytes,
     workBytes: Math.max(
       streams + outputBytes,
-      settings.modelSteps === 0 ? 0 : outputBytes + text.sequences * text.tokens * hidden * 2,
+      // A state of model tuning is removed when the next is there.
+      settings.modelSteps === 0
+        ? 0
+        : outputBytes + text.sequences * text.tokens * hidden * 2 + 2 * F32 * state,
     ),
     ramBytes: PROCESS_BYTES + Math.max(
       vocabSize * hidden * 2 * 2,
