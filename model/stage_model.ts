@@ -169,6 +169,11 @@ export class StageModel implements StageSteps {
     this.#prepared = { counts, commands };
   }
 
+  /** An empty submit makes wgpu look which submissions are done, and drop its account of them. */
+  settle(): void {
+    if (!this.#gpu.info.software) this.#gpu.device.queue.submit([]);
+  }
+
   busyForMs(): number {
     const [step] = this.#pending;
     if (!step) return 0;
@@ -179,7 +184,6 @@ export class StageModel implements StageSteps {
     const [step] = this.#pending;
     invariant(step === ticket && step.slot, "steps are finished in the order of their submission");
     const { readback, timer } = this.#resources;
-    this.#settleParts();
     const waitedFromMs = performance.now();
     let doneMs = waitedFromMs;
     let bytes: Uint8Array<ArrayBuffer>;
@@ -218,17 +222,9 @@ export class StageModel implements StageSteps {
   #start(step: PendingStep, commands: Iterable<GPUCommandBuffer>): void {
     const { queue } = this.#gpu.device;
     step.startedMs = performance.now();
-    // A software adapter does its work on this CPU: a second submit would wait for the first one.
+    // While a software adapter works, a second submit would wait for the end of the first one.
     if (this.#gpu.info.software) queue.submit([...commands]);
     else for (const part of commands) queue.submit([part]);
-  }
-
-  /**
-   * An empty submit makes wgpu look which submissions are done, and drop its account of them: what is
-   * done here is not done when the GPU is, and idle.
-   */
-  #settleParts(): void {
-    this.#gpu.device.queue.submit([]);
   }
 
   /** The step's parts, in order; those encoded ahead if they fit. */

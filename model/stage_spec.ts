@@ -70,6 +70,11 @@ export interface StageSteps {
   /** Encodes ahead what the next step will likely bring; does that while the GPU works. */
   prepare(): void;
   /**
+   * Lets go of what the GPU has done of a step so far, which costs time that would otherwise be lost
+   * at the step's end; nothing is done twice. Call it now and then while the GPU works.
+   */
+  settle(): void;
+  /**
    * How long the GPU will surely still work on the oldest unfinished step, judged by earlier steps of
    * the same counts; 0 or less when nothing is known, or its end is near. Whoever has better things
    * to do than to block in {@linkcode finish} does them meanwhile.

@@ -4,8 +4,8 @@
  * Two costs of a submission grow with what is in it (wgpu keeps account of every buffer and bind
  * group): handing it over, during which an idle GPU waits, and dropping that account once it is done,
  * which whoever waits for the GPU does before it learns so. So a step begins with a few layers, and
- * all that follows is handed over while they run; and it ends with a few, so that all before them has
- * been dropped when the wait ends. Cuts change no bit: passes run in order, and what they work on
+ * all that follows is handed over while they run; and it ends with a few, so that all before them can
+ * be dropped while those run. Cuts change no bit: passes run in order, and what they work on
  * stays in the same buffers.
  *
  * @module
@@ -13,8 +13,8 @@
 
 /** Layers of the first part. */
 const HEAD_LAYERS = 2;
-/** A part may have this many times the layers before it: less CPU time than those take the GPU. */
-const GROWTH = 8;
+/** The most of a part: less CPU time than the first part takes the GPU. */
+const MOST_LAYERS = 16;
 /** Layers of the last part, which has the outputs beside. */
 const TAIL_LAYERS = 4;
 /** Shorter stages run all their layers first, and their outputs last. */
@@ -28,16 +28,11 @@ export interface LayerRun {
 
 /** The parts of a step through `layers` layers, in order, two at least; the outputs follow the last. */
 export function stepParts(layers: number): LayerRun[] {
+  const tail = layers < SHORTEST ? layers : layers - TAIL_LAYERS;
   const parts: LayerRun[] = [];
-  const short = layers < SHORTEST;
-  const tail = short ? layers : layers - TAIL_LAYERS;
-  for (
-    let from = 0, to = short ? tail : HEAD_LAYERS;
-    from < tail;
-    to = Math.min(tail, from * (1 + GROWTH))
-  ) {
+  let to = layers < SHORTEST ? layers : HEAD_LAYERS;
+  for (let from = 0; from < tail; from = to, to = Math.min(tail, from + MOST_LAYERS)) {
     parts.push({ from, to });
-    from = to;
   }
   return [...parts, { from: tail, to: layers }];
 }

@@ -17,6 +17,7 @@ function recorder(spec: Parameters<typeof warmUp>[1]) {
       return { id: seen.length };
     },
     prepare() {},
+    settle() {},
     busyForMs: () => 0,
     finish: () => Promise.resolve({ hidden: null, results: [], gpuMs: 0, readbackMs: 0 }),
     destroy() {},

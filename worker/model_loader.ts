@@ -102,6 +102,9 @@ export class ModelLoader implements StageLoader<ReadablePart> {
   }
 }
 
+/** A wait as short as this is not halved any more. */
+const SHORT_WAIT_MS = 0.1;
+
 /** A runner that can be brought to rest. */
 export interface DrainableRunner extends StageRunner {
   /** Takes no more steps; resolves when those it has are done. */
@@ -122,7 +125,9 @@ export interface DrainableRunner extends StageRunner {
  * - A step that has nobody behind it is read the moment it is done, for the wait on the GPU begins
  *   before its end in any case.
  * - What can be done before the next step is known, is done first: encoding its layers as if it were
- *   like this one.
+ *   like this one. What a step leaves behind is cleared away while its last layers still run: each
+ *   wait takes half of the time that is left, so that one ends shortly before the step does, whatever
+ *   it takes.
  *
  * @param mailbox of the GPU's own thread; without one, the messages that have arrived are let in once
  * per step
@@ -140,7 +145,8 @@ export function modelRunner(
     await mailbox.wait(0);
     model.prepare();
     for (let ms = model.busyForMs(); ms > 0 && !draining; ms = model.busyForMs()) {
-      await mailbox.wait(ms);
+      await mailbox.wait(ms < SHORT_WAIT_MS ? ms : ms / 2);
+      model.settle();
     }
   };
   const run = async (batch: StepBatch, hidden: Uint16Array | null): Promise<RunnerOutput> => {

@@ -192,6 +192,10 @@ class LoggedModel implements StageSteps {
     this.log.push("prepare");
   }
 
+  settle(): void {
+    this.log.push("settle");
+  }
+
   busyForMs(): number {
     return this.endsAtMs - this.#clock.unixMs();
   }
@@ -224,9 +228,9 @@ Deno.test("modelRunner() looks after its mailbox until a step's end is near, the
   const runner = modelRunner(model, clock, {
     wait(ms) {
       model.log.push(`wait ${ms}`);
-      // The next step comes 3 ms after the first one was submitted.
-      clock.advance(ms === 0 || second ? ms : 3);
-      if (ms > 0) second ??= runner.run(batch, null);
+      clock.advance(Math.ceil(ms));
+      // The next step comes while the first one runs.
+      if (ms === 2) second = runner.run(batch, null);
       return Promise.resolve();
     },
   });
@@ -236,9 +240,15 @@ Deno.test("modelRunner() looks after its mailbox until a step's end is near, the
     "submit 0",
     "wait 0",
     "prepare",
-    "wait 8",
+    "wait 4",
+    "settle",
+    "wait 2",
     "submit 1",
-    "wait 5",
+    "settle",
+    "wait 1",
+    "settle",
+    "wait 0.5",
+    "settle",
     "finish 0",
     "wait 0",
     "prepare",
