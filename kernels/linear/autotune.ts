@@ -9,7 +9,9 @@ import { gaussian, seededRandom } from "../../shared/random.ts";
 import type { Gpu } from "../gpu.ts";
 import { STEP_BYTES, type StepShape, stepWords } from "../kernel.ts";
 import { PassTimer } from "../pass_timer.ts";
-import { createLinear, decodeCode, linearScratchBytes } from "./linear.ts";
+import { linearScratchBytes } from "./binding.ts";
+import { decodeCode } from "./decode.ts";
+import { createLinear } from "./linear.ts";
 import type { Linear, Matrix } from "./types.ts";
 import { decodeFamily, defaultVariant, familyBatches, type Variant } from "./variant.ts";
 

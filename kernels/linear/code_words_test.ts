@@ -6,10 +6,16 @@ function dot4U8Packed(a: number, b: number): number {
   return [0, 8, 16, 24].reduce((sum, at) => sum + ((a >>> at) & 255) * ((b >>> at) & 255), 0);
 }
 
+/** What WGSL's `extractBits` gives. */
+function extractBits(word: number, offset: number, count: number): number {
+  return (word >>> offset) & (2 ** count - 1);
+}
+
 /** Computes an expression of {@linkcode codeIndex} in JavaScript: only its literals differ. */
 function evaluate(expression: string, word: number, copy: number): number {
   const script = expression.replaceAll(/(\d)u/g, "$1").replaceAll(">>", ">>>");
-  return new Function("dot4U8Packed", "word", "copy", `return ${script}`)(dot4U8Packed, word, copy);
+  const names = ["dot4U8Packed", "extractBits", "word", "copy"];
+  return new Function(...names, `return ${script}`)(dot4U8Packed, extractBits, word, copy);
 }
 
 Deno.test("A code's place in a table of copies is the same with and without the packed dot product", () => {

@@ -23,6 +23,10 @@ export function codeWidth(format: Pick<CodeGemmFormat, "b">): 8 | 16 {
  */
 export function codeInWord(format: CodeGemmFormat, word: string, place: number): string {
   const shift = place * codeWidth(format);
+  // In the middle of a word: one instruction where a shift and a mask would be two.
+  if (shift > 0 && shift + codeWidth(format) < 32) {
+    return `extractBits(${word}, ${shift}u, ${format.b}u)`;
+  }
   const shifted = shift === 0 ? word : `(${word} >> ${shift}u)`;
   return shift + format.b === 32 ? shifted : `(${shifted} & ${centroidCount(format) - 1}u)`;
 }

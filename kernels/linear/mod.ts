@@ -4,7 +4,8 @@
  * @module
  */
 export { CANDIDATES, type Trial, type Tuned, tuneLinear, tuningKey } from "./autotune.ts";
-export { createLinear, linearScratchBytes } from "./linear.ts";
+export { linearScratchBytes } from "./binding.ts";
+export { createLinear } from "./linear.ts";
 export { isStackable, loadMatrix, loadStack, matrixBytes } from "./matrix.ts";
 export type { LoadOptions, StackMember } from "./matrix.ts";
 export { canStack } from "./order.ts";

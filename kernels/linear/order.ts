@@ -8,6 +8,7 @@
  */
 import { invariant } from "../../shared/errors.ts";
 import { type CodeGemmFormat, codesPerWord, matrixFormat } from "../../shared/model_config.ts";
+import type { NumericsProfile } from "../../shared/protocol.ts";
 import type { MatrixShape } from "./types.ts";
 
 /** Consecutive K that may be summed in float16 (DESIGN). */
@@ -28,11 +29,14 @@ export interface Tuning {
   wideN: number;
   wideWorkgroups: number;
   wideRowBlock: number;
+  /** Splits of K for the dequantizing kernel: as many as a workgroup has threads for beside N. */
+  dequantizeSplits: number;
+  wideDequantizeSplits: number;
   /** K that a dense split has at least. */
   denseMinSplitK: number;
 }
 
-/** The tuning of profile version 2. */
+/** The tuning of profile version 3. */
 export const DEFAULT_TUNING: Tuning = {
   unitK: 64,
   wantedWorkgroups: 640,
@@ -40,6 +44,8 @@ export const DEFAULT_TUNING: Tuning = {
   wideN: 16384,
   wideWorkgroups: 396,
   wideRowBlock: 2048,
+  dequantizeSplits: 32,
+  wideDequantizeSplits: 8,
   denseMinSplitK: 512,
 };
 
@@ -68,6 +74,8 @@ export interface SplitOrder {
 /** The order of a CodeGEMM matrix; a position is `v` consecutive weights. */
 export interface CodeOrder extends SplitOrder {
   kind: "code";
+  /** The splits of decode rows that are dequantized, in place of this order's own. */
+  dequantize: SplitOrder;
   /** Positions of a unit: whole code words. */
   unitPositions: number;
   /** Positions summed in float16 before they are scaled and added in float32. */
@@ -118,14 +126,26 @@ export function codeOrder(
     ? roundUp(Math.ceil(n / blocks), ROW_BLOCK_STEP)
     : largestDivisor(members.reduce(gcd), maxRowBlock, ROW_BLOCK_STEP);
   const wanted = wide ? tuning.wideWorkgroups : tuning.wantedWorkgroups;
+  const units = positions / unitPositions;
+  const splits = { rowBlock, ...splitUnits(units, Math.ceil(n / rowBlock), 1, wanted) };
+  const dequantizeSplits = wide ? tuning.wideDequantizeSplits : tuning.dequantizeSplits;
   return {
     kind: "code",
     unitPositions,
     groupPositions,
     scalePositions,
-    rowBlock,
-    ...splitUnits(positions / unitPositions, Math.ceil(n / rowBlock), 1, wanted),
+    ...splits,
+    // Wide codes are gathered from memory: what counts there is the number of workgroups.
+    dequantize: format.b > 8 ? splits : { rowBlock, ...evenSplits(units, dequantizeSplits) },
   };
+}
+
+/** The splits that a kernel family makes of K. */
+export function decodeSplits(
+  order: CodeOrder | DenseOrder,
+  family: NumericsProfile["decode"] | "dense",
+): SplitOrder {
+  return order.kind === "code" && family === "dequantize" ? order.dequantize : order;
 }
 
 /** The order of a dense matrix. */
@@ -144,7 +164,16 @@ export function denseOrder([n, k]: MatrixShape, tuning: Tuning = DEFAULT_TUNING)
 
 function splitUnits(units: number, rowBlocks: number, minUnits: number, workgroups: number) {
   const wanted = Math.max(1, Math.ceil(workgroups / rowBlocks));
-  const perSplit = Math.min(units, Math.max(minUnits, Math.ceil(units / wanted)));
+  return splitBy(units, Math.min(units, Math.max(minUnits, Math.ceil(units / wanted))));
+}
+
+/** Splits of an even number of units where that is possible: then a turn can take two at once. */
+function evenSplits(units: number, wanted: number) {
+  const perSplit = Math.ceil(units / wanted);
+  return splitBy(units, perSplit > 1 ? roundUp(perSplit, 2) : 1);
+}
+
+function splitBy(units: number, perSplit: number) {
   const splits = Math.ceil(units / perSplit);
   return { units, splitUnits: perSplit, splits, slices: splits > 16 ? 8 : 1 };
 }

@@ -130,7 +130,7 @@ export function dequantizeProduct(
   x: ArrayLike<number>,
 ): Float32Array<ArrayBuffer> {
   const { shape: [n], format: { m, v, b }, codebooks } = matrix;
-  return sumGroups(matrix, order, n, (row, from) => {
+  return sumGroups(matrix, { ...order, ...order.dequantize }, n, (row, from) => {
     const sums: number[] = [];
     let pair = [0, 0];
     for (let i = from; i < from + order.groupPositions; i++) {

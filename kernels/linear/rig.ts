@@ -8,7 +8,8 @@ import { gaussian, seededRandom } from "../../shared/random.ts";
 import type { Gpu } from "../gpu.ts";
 import type { LinearStore, RowRange, StepShape } from "../kernel.ts";
 import { stepWords } from "../kernel.ts";
-import { createLinear, linearScratchBytes } from "./linear.ts";
+import { linearScratchBytes } from "./binding.ts";
+import { createLinear } from "./linear.ts";
 import type { Matrix } from "./types.ts";
 import type { Variant } from "./variant.ts";
 

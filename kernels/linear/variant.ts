@@ -19,14 +19,16 @@ export interface Variant {
   /**
    * K that a CodeGEMM decode kernel takes at a turn. Compilers that reassociate sums (Mesa's do) may
    * round straight code of another length differently: autotuning compares the bits.
+   *
+   * By default 64, and what suits the batch where codes are dequantized.
    */
-  turnK: number;
+  turnK?: number;
   /** Rows of N that a thread of a CodeGEMM decode kernel holds; by default as many as fit 256 threads. */
   codeRowsPerThread?: 4 | 8 | 16;
   /** Threads of a CodeGEMM decode workgroup; by default as many as cover a row block. */
   codeThreads?: number;
-  /** CodeGEMM decode kernels load their code words a turn ahead. */
-  prefetch: boolean;
+  /** CodeGEMM decode kernels load their code words a turn ahead; by default where it pays. */
+  prefetch?: boolean;
   /** Straight code in place of loops: faster on a GPU, many seconds to compile for a CPU. */
   unroll: boolean;
   /** Rows of N that a thread of a dense decode kernel holds. */
@@ -40,8 +42,6 @@ export function defaultVariant(software: boolean): Variant {
   return {
     batches: software ? [1, 4] : [1, 2, 4, 8],
     denseRowsPerThread: software ? 4 : 1,
-    turnK: 64,
-    prefetch: false,
     unroll: !software,
     prefillTiles: software
       ? [

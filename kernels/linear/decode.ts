@@ -1,0 +1,254 @@
+/**
+ * The decode rows of a linear layer: its kernels by batch, and what follows behind their sums.
+ *
+ * @module
+ */
+import { FleetError, invariant } from "../../shared/errors.ts";
+import type { RowsView } from "../kernel.ts";
+import {
+  bindGroup,
+  chunkRows as rowsOfChunk,
+  isVectorInput,
+  layerSplits,
+  type Uniforms,
+} from "./binding.ts";
+import type { CodeKernel } from "./code_kernel.ts";
+import { codeKernelFits, turnPositions } from "./code_kernel.ts";
+import { codeKernelWgsl } from "./code_wgsl.ts";
+import { denseKernelBytes, denseKernelWgsl } from "./dense_wgsl.ts";
+import { dequantizeColumns, dequantizeKernel, holdsWholeSums } from "./dequantize_kernel.ts";
+import { dequantizeKernelWgsl } from "./dequantize_wgsl.ts";
+import { reduceColumns, reduceWgsl } from "./reduce_wgsl.ts";
+import type { LinearOptions, Matrix } from "./types.ts";
+import type { Variant } from "./variant.ts";
+import { codeThreads, decodeFamily, familyBatches } from "./variant.ts";
+import type { Batch, Target } from "./wgsl.ts";
+
+const CODE_BINDINGS = ["uniform", "uniform", "read", "read", "read", "read", "write"] as const;
+const DENSE_BINDINGS = ["uniform", "uniform", "read", "read", "write"] as const;
+const REDUCE_BINDINGS = ["uniform", "uniform", "read", "write"] as const;
+/** K that a CodeGEMM kernel takes at a turn, until autotuning says better. */
+const TURN_K = 64;
+
+/** A kernel's code, and how it is dispatched. */
+export interface DecodeCode {
+  code: string;
+  /** Rows of N of a workgroup. */
+  columns: number;
+  /** Workgroups that share out K; with one, a workgroup has whole sums. */
+  splitGroups: number;
+}
+
+interface DecodeKernel extends Omit<DecodeCode, "code"> {
+  batch: Batch;
+  pipeline: GPUComputePipeline;
+}
+
+/** One chunk of rows of one binding block: what to set and dispatch. */
+interface DecodeDispatch {
+  /** For kernels that store the layer's result themselves. */
+  direct: GPUBindGroup;
+  /** For those that leave sums in the scratch, and for what comes behind them. */
+  partial: GPUBindGroup;
+  reduce: GPUBindGroup | null;
+  n: number;
+}
+
+/** A pipeline behind the sums of a kernel, and the columns (or pairs of them) of its workgroups. */
+interface Reduction {
+  pipeline: GPUComputePipeline;
+  columns: number;
+}
+
+/** The decode rows of a range, planned. */
+export interface DecodePlan {
+  /** Rows of one chunk. */
+  chunkRows: number;
+  /** By rising batch. */
+  kernels: DecodeKernel[];
+  /** Behind partial sums; and behind whole ones, where they are to be finished. */
+  reduce: Reduction | null;
+  finish: Reduction | null;
+  /** `[chunk][binding block]` */
+  chunks: DecodeDispatch[][];
+}
+
+/** Pairs are finished where whole sums meet: behind partial sums, in one binding. */
+export function canFinish(options: Pick<LinearOptions, "matrix" | "profile">): boolean {
+  return layerSplits(options).splits > 1 && options.matrix.blocks.length === 1;
+}
+
+/**
+ * Compiles and binds the kernels of a range.
+ *
+ * @throws FleetError `gpu`
+ */
+export async function planDecode(
+  options: LinearOptions,
+  variant: Variant,
+  range: "decode" | "outputs",
+  uniforms: Uniforms,
+): Promise<DecodePlan> {
+  const { gpu, label, matrix, step, input, output, scratch, store, maxRows } = options;
+  const splits = layerSplits(options);
+  const chunkRows = rowsOfChunk(options);
+  const finish = range === "decode" && canFinish(options) ? options.finish : undefined;
+  const bindings = matrix.order.kind === "code" ? CODE_BINDINGS : DENSE_BINDINGS;
+
+  const kernels: DecodeKernel[] = [];
+  const family = matrix.format === null ? "dense" : decodeFamily(matrix.format, options.profile);
+  for (const batch of familyBatches(variant, family)) {
+    const made = batch > chunkRows
+      ? null
+      : decodeCode(options, variant, batch, finish ? "partial" : store);
+    if (made === null) continue;
+    const { code, columns, splitGroups } = made;
+    const pipeline = await gpu.pipeline({ label: `${label} x${batch}`, code, bindings });
+    kernels.push({ batch, columns, splitGroups, pipeline });
+  }
+  if (kernels.length === 0) {
+    throw new FleetError(
+      "gpu",
+      `${matrix.name} needs more workgroup memory than the ` +
+        `${gpu.limits.maxComputeWorkgroupStorageSize} bytes that ${gpu.info.name} offers`,
+    );
+  }
+
+  const reduceBindings = [...REDUCE_BINDINGS, ...finish?.bindings ?? []];
+  const reduction = async (order: { splits: number; slices: number }): Promise<Reduction> => ({
+    pipeline: await gpu.pipeline({
+      label: `${label} reduce`,
+      code: reduceWgsl(order, store, finish),
+      bindings: reduceBindings,
+    }),
+    columns: reduceColumns(order.slices) * (finish ? 2 : 1),
+  });
+  const reduce = kernels.some(({ splitGroups }) => splitGroups > 1)
+    ? await reduction(splits)
+    : null;
+  const finishing = finish && kernels.some(({ splitGroups }) => splitGroups === 1)
+    ? await reduction({ splits: 1, slices: 1 })
+    : null;
+
+  const chunks: DecodeDispatch[][] = [];
+  for (let base = 0; base < maxRows; base += chunkRows) {
+    chunks.push(matrix.blocks.map((block) => {
+      const params = uniforms.add(block, { row_base: base, row_cap: chunkRows, range });
+      const weights = matrix.order.kind === "code"
+        ? [block.weights, matrix.codebooks!, block.scales!]
+        : [block.weights];
+      const into = (target: GPUBuffer) =>
+        bindGroup(gpu, `${label} ${range}`, bindings, [
+          step,
+          params,
+          input.buffer,
+          ...weights,
+          target,
+        ]);
+      return {
+        direct: into(output.buffer),
+        partial: into(scratch),
+        reduce: (reduce ?? finishing) === null
+          ? null
+          : bindGroup(gpu, `${label} reduce`, reduceBindings, [
+            step,
+            params,
+            scratch,
+            output.buffer,
+            ...finish?.buffers ?? [],
+          ]),
+        n: block.n,
+      };
+    }));
+  }
+  return { chunkRows, kernels, reduce, finish: finishing, chunks };
+}
+
+/** Adds the dispatches for `rows` rows to the pass. */
+export function encodeDecode(
+  pass: GPUComputePassEncoder,
+  plan: DecodePlan,
+  rows: number,
+  { name }: Matrix,
+): void {
+  for (let c = 0, from = 0; from < rows; c++, from += plan.chunkRows) {
+    invariant(c < plan.chunks.length, `${name} was bound for fewer than ${rows} rows`);
+    const count = Math.min(plan.chunkRows, rows - from);
+    const kernel = plan.kernels.find(({ batch }) => batch >= count) ?? plan.kernels.at(-1)!;
+    const behind = kernel.splitGroups > 1 ? plan.reduce : plan.finish;
+    for (const dispatch of plan.chunks[c]) {
+      pass.setPipeline(kernel.pipeline);
+      pass.setBindGroup(0, behind ? dispatch.partial : dispatch.direct);
+      pass.dispatchWorkgroups(
+        Math.ceil(dispatch.n / kernel.columns),
+        kernel.splitGroups,
+        Math.ceil(count / kernel.batch),
+      );
+      if (behind) {
+        pass.setPipeline(behind.pipeline);
+        pass.setBindGroup(0, dispatch.reduce);
+        pass.dispatchWorkgroups(Math.ceil(dispatch.n / behind.columns), count);
+      }
+    }
+  }
+}
+
+/** What decides a decode kernel's code, beside variant, batch and target. */
+type DecodeOptions = Pick<LinearOptions, "gpu" | "matrix" | "profile"> & {
+  input: Pick<RowsView, "stride" | "offset">;
+};
+
+/**
+ * A decode kernel, or null when it does not fit into workgroup memory.
+ *
+ * @param whole what becomes of whole sums; partial ones go to the scratch
+ */
+export function decodeCode(
+  options: DecodeOptions,
+  variant: Variant,
+  batch: Batch,
+  whole: Target,
+): DecodeCode | null {
+  const { gpu: { limits }, matrix: { order, format, members }, profile } = options;
+  const workgroupBytes = limits.maxComputeWorkgroupStorageSize;
+  if (order.kind === "dense") {
+    if (denseKernelBytes(batch) > workgroupBytes) return null;
+    const target = order.splits > 1 ? "partial" : whole;
+    const code = denseKernelWgsl({ batch, rowsPerThread: variant.denseRowsPerThread, target });
+    return { code, columns: order.rowBlock, splitGroups: order.splits };
+  }
+  invariant(format !== null, "a code order has a format");
+  const family = decodeFamily(format, profile);
+  const maxThreads = limits.maxComputeInvocationsPerWorkgroup;
+  if (family === "dequantize" && isVectorInput(options)) {
+    const room = { members: members.map(({ n }) => n), maxThreads, workgroupBytes };
+    const kernel = dequantizeKernel(format, order, batch, variant, room);
+    if (kernel !== null) {
+      const target = holdsWholeSums(kernel) ? whole : "partial";
+      return {
+        code: dequantizeKernelWgsl(kernel, target),
+        columns: dequantizeColumns(kernel),
+        splitGroups: order.dequantize.splits / kernel.splits,
+      };
+    }
+  }
+  const { splits } = layerSplits(options);
+  const { threads, perThread } = codeThreads(order, family, batch, variant, maxThreads);
+  const vectorInput = isVectorInput(options) && format.v % 4 === 0;
+  const kernel: CodeKernel = {
+    family,
+    format,
+    order,
+    threads,
+    turnPositions: turnPositions(order, format, variant.turnK ?? TURN_K),
+    unroll: variant.unroll && (family === "codegemm" || format.v % 4 === 0),
+    rowsPerThread: perThread,
+    prefetch: variant.prefetch ?? false,
+    vectorInput,
+    batch,
+    workgroupBytes,
+    target: splits > 1 ? "partial" : whole,
+  };
+  if (!codeKernelFits(kernel)) return null;
+  return { code: codeKernelWgsl(kernel), columns: threads * perThread, splitGroups: splits };
+}

@@ -1,0 +1,163 @@
+/**
+ * What the dequantizing decode kernel of 8-bit codes is generated from, and how its shape is chosen.
+ *
+ * @module
+ */
+import { type CodeGemmFormat, codesPerWord } from "../../shared/model_config.ts";
+import { hasPackedDot } from "./code_words_wgsl.ts";
+import type { CodeOrder } from "./order.ts";
+import { gcd, largestDivisor, lcm } from "./order.ts";
+import type { Variant } from "./variant.ts";
+import type { Batch } from "./wgsl.ts";
+
+/** One kernel. Nothing but format and order decides a bit of its result. */
+export interface DequantizeKernel {
+  /** 8-bit codes of vectors of a multiple of 4. */
+  format: CodeGemmFormat;
+  order: CodeOrder;
+  /** Rows of the step that a workgroup takes. */
+  batch: Batch;
+  /** Splits of K that a workgroup takes, each with `lanes` threads. All of them: it has whole sums. */
+  splits: number;
+  /** Threads side by side along N. */
+  lanes: number;
+  /** Rows of N a thread holds: 4 or 8. */
+  rowsPerThread: number;
+  /** Positions whose code words a thread has in registers: they divide every split. */
+  turnPositions: number;
+  /** Code words are loaded a turn ahead: less waiting, more registers. */
+  prefetch: boolean;
+  /** The activations of the workgroup's splits stand in workgroup memory. */
+  localInput: boolean;
+  /** How often each centroid stands in workgroup memory, a power of two. */
+  copies: number;
+  /** WGSL has packed dot products. */
+  packed: boolean;
+}
+
+/** With 16 copies of 8-byte entries, half a warp of an NVIDIA GPU reads without a bank conflict. */
+const MAX_COPIES = 16;
+/** From this batch on a thread has little else than sums in its registers: K is split instead. */
+const SPLIT_BATCH = 4;
+/** K whose activations a workgroup holds at a time, of batches that split K. */
+const LOCAL_K = 1024;
+/** Fewer splits than this come from many rows of N: then a thread can hold more of them. */
+const FEW_SPLITS = 8;
+/** Threads along N of one split below which loads of code words are too short. */
+const MIN_LANES = 8;
+
+/** What limits a kernel's shape. */
+export interface KernelRoom {
+  /** Rows of N of the matrices of a stack. */
+  members: readonly number[];
+  maxThreads: number;
+  workgroupBytes: number;
+}
+
+/** Whether a workgroup has whole sums, so that no partial sums go to memory. */
+export function holdsWholeSums({ splits, order }: DequantizeKernel): boolean {
+  return splits === order.dequantize.splits;
+}
+
+/** Threads of a workgroup. */
+export function dequantizeThreads({ splits, lanes }: DequantizeKernel): number {
+  return splits * lanes;
+}
+
+/** Rows of N of a workgroup. */
+export function dequantizeColumns({ lanes, rowsPerThread }: DequantizeKernel): number {
+  return lanes * rowsPerThread;
+}
+
+/** Positions of a whole split. */
+export function splitPositions(order: CodeOrder): number {
+  return order.dequantize.splitUnits * order.unitPositions;
+}
+
+/** Workgroup memory of a kernel, bytes. */
+export function dequantizeBytes(kernel: DequantizeKernel): number {
+  const { format: { m, v }, order, batch, splits, copies, localInput } = kernel;
+  const tables = m * 256 * v * 2 * copies;
+  const input = localInput ? splits * splitPositions(order) * v * 2 * batch : 0;
+  const sums = holdsWholeSums(kernel) && splits > 1 ? splits * dequantizeColumns(kernel) * 4 : 0;
+  return tables + input + sums;
+}
+
+/**
+ * The kernel of a batch on this adapter, or null where another must do: codes of more than 8 bits,
+ * vectors of another length, tables that do not fit.
+ */
+export function dequantizeKernel(
+  format: CodeGemmFormat,
+  order: CodeOrder,
+  batch: Batch,
+  variant: Variant,
+  room: KernelRoom,
+): DequantizeKernel | null {
+  if (!variant.unroll || format.b !== 8 || format.v % 4 !== 0) return null;
+  const { splits } = order.dequantize;
+  const whole = batch < SPLIT_BATCH && splits * MIN_LANES <= room.maxThreads;
+  const shape = whole ? wholeShape(order, variant, room) : splitShape(format, order, batch, room);
+  const turnK = variant.turnK ?? (batch === 1 ? 128 : whole || batch === 8 ? 64 : 32);
+  const kernel: DequantizeKernel = {
+    format,
+    order,
+    batch,
+    ...shape,
+    turnPositions: turnPositions(format, order, turnK),
+    prefetch: variant.prefetch ?? !whole,
+    localInput: !whole,
+    copies: MAX_COPIES,
+    packed: hasPackedDot(),
+  };
+  return fit(kernel, room) ?? fit({ ...kernel, localInput: false }, room);
+}
+
+/** All splits in one workgroup. */
+function wholeShape(order: CodeOrder, variant: Variant, room: KernelRoom) {
+  const { splits } = order.dequantize;
+  const few = splits <= FEW_SPLITS;
+  const rowsPerThread = variant.codeRowsPerThread === 4 || !few ? 4 : 8;
+  const wanted = variant.codeThreads ?? 512;
+  const most = Math.floor(Math.min(wanted, room.maxThreads) / splits);
+  const lanes = Math.max(MIN_LANES, most - most % MIN_LANES);
+  return { splits, rowsPerThread, lanes: lanesOf(order, room, rowsPerThread, lanes) };
+}
+
+/** As many splits as their activations allow. */
+function splitShape(format: CodeGemmFormat, order: CodeOrder, batch: Batch, room: KernelRoom) {
+  const threads = Math.min(batch === 8 ? 256 : 512, room.maxThreads);
+  const most = Math.max(1, Math.floor(LOCAL_K / (splitPositions(order) * format.v)));
+  const splits = largestDivisor(order.dequantize.splits, most, 1);
+  return { splits, rowsPerThread: 4, lanes: lanesOf(order, room, 4, Math.floor(threads / splits)) };
+}
+
+/** A workgroup's rows of N belong to one matrix of a stack, which has one set of codebooks. */
+function lanesOf(
+  { rowBlock }: CodeOrder,
+  { members }: KernelRoom,
+  rowsPerThread: number,
+  wanted: number,
+): number {
+  const most = Math.min(wanted, rowBlock / rowsPerThread);
+  if (members.length === 1) return most;
+  return largestDivisor(members.reduce(gcd) / rowsPerThread, most, 1);
+}
+
+/** The largest number of positions within `wantedK` of K that divides every split. */
+function turnPositions(format: CodeGemmFormat, order: CodeOrder, wantedK: number): number {
+  const { units, splitUnits, splits } = order.dequantize;
+  const last = units - (splits - 1) * splitUnits;
+  const every = gcd(splitUnits, last) * order.unitPositions;
+  const step = lcm(codesPerWord(format), order.groupPositions);
+  return largestDivisor(every, Math.max(step, Math.floor(wantedK / format.v)), step);
+}
+
+/** The kernel with as many copies of its centroids as fit. */
+function fit(kernel: DequantizeKernel, { workgroupBytes }: KernelRoom): DequantizeKernel | null {
+  for (let copies = kernel.copies; copies >= 1; copies /= 2) {
+    const fitting = { ...kernel, copies };
+    if (dequantizeBytes(fitting) <= workgroupBytes) return fitting;
+  }
+  return null;
+}

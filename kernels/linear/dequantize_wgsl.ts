@@ -1,0 +1,353 @@
+/**
+ * WGSL of the dequantizing decode kernel of 8-bit codes for GPUs: a code gathers its centroid, which
+ * is multiplied with the activations in pairs along K, so that one float16 multiply-add makes two
+ * products.
+ *
+ * The codebooks stand in workgroup memory as often as fits, lanes spread over the copies, so that they
+ * seldom meet in a bank. Threads of a workgroup share out rows of N and, for few rows of the step,
+ * all splits of K: then their sums meet in workgroup memory and no partial sums go to memory.
+ *
+ * Array indices that are not constant cost two instructions each, because WGSL's implementations
+ * clamp them: so activations are arrays of a turn's, and a code becomes its index in one instruction
+ * where there are packed dot products.
+ *
+ * @module
+ */
+import { codesPerWord } from "../../shared/model_config.ts";
+import { codeIndex } from "./code_words_wgsl.ts";
+import {
+  dequantizeColumns,
+  type DequantizeKernel,
+  dequantizeThreads,
+  holdsWholeSums,
+  splitPositions,
+} from "./dequantize_kernel.ts";
+import { gcd } from "./order.ts";
+import { HEADER_WGSL, putWgsl, type Target, times } from "./wgsl.ts";
+
+/**
+ * The kernel's code; dispatched over (columns of N, groups of splits, batches of rows).
+ *
+ * @param target what to do with the sums; partial ones go to the scratch
+ */
+export function dequantizeKernelWgsl(kernel: DequantizeKernel, target: Target): string {
+  const { format: { m, v }, order, batch, splits, lanes, rowsPerThread } = kernel;
+  const threads = dequantizeThreads(kernel);
+  const workgroupQuads = dequantizeColumns(kernel) / 4;
+  const whole = holdsWholeSums(kernel);
+  return /* wgsl */ `${HEADER_WGSL}
+@group(0) @binding(2) var<storage, read> x: array<vec4<f16>>;
+@group(0) @binding(3) var<storage, read> codes: array<vec4<u32>>;
+@group(0) @binding(4) var<storage, read> codebooks: array<vec4<f16>>;
+@group(0) @binding(5) var<storage, read> scales: array<vec4<f16>>;
+@group(0) @binding(6) var<storage, read_write> y: array<${
+    target === "partial" ? "vec4<f32>" : "f32"
+  }>;
+${declarations(kernel)}
+${target === "partial" ? "" : putWgsl(target)}
+
+// Where the activations of a row of this batch begin, in fours.
+fn input_of(row: u32) -> u32 {
+  return (params.x_offset + (range_start() + row) * params.x_stride) / 4u;
+}
+
+@compute @workgroup_size(${threads})
+fn main(
+  @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) workgroup: vec3<u32>,
+) {
+  let rows = range_rows();
+  let first = params.row_base + workgroup.z * ${batch}u;
+  if (first >= rows) { return; }
+  // Places past the last row compute it again and store nothing: no stale row is ever read.
+${times(batch, (b) => `  let x${b} = input_of(min(first + ${b}u, rows - 1u));`)}
+  // Rows of N in fours: those of the workgroup, those of this thread, and where their codes stand.
+  let quads = (params.n + ${order.rowBlock - 1}u) / ${order.rowBlock}u * ${order.rowBlock / 4}u;
+  let quad = workgroup.x * ${workgroupQuads}u;
+  let book = book_of(min(quad, quads - 1u) / ${order.rowBlock / 4}u);
+${
+    times(rowsPerThread / 4, (t) => {
+      const rowQuads = order.rowBlock / 4;
+      return `  let quad${t} = min(quad + ${t * lanes}u + lane % ${lanes}u, quads - 1u);
+  let words${t} = quad${t} / ${rowQuads}u * (params.k / ${codesPerWord(kernel.format) * v}u) * ${
+        m * rowQuads
+      }u + quad${t} % ${rowQuads}u;
+  let scales${t} = quad${t} / ${rowQuads}u * (params.k / ${
+        order.scalePositions * v
+      }u) * ${rowQuads}u + quad${t} % ${rowQuads}u;`;
+    })
+  }
+  let split = workgroup.y * ${splits}u + lane / ${lanes}u;
+  let start = split * ${splitPositions(order)}u;
+  let turns = (min((split + 1u) * params.split_units, params.units) * ${order.unitPositions}u - start)
+    / ${kernel.turnPositions}u;
+  var position = start;
+${kernel.prefetch ? loadWords(kernel, "position", (name) => `var next${name}`) : ""}
+  let copy = lane & ${kernel.copies - 1}u;
+${fillTables(kernel)}
+${kernel.localInput ? fillInput(kernel) : ""}
+  workgroupBarrier();
+${
+    times(rowsPerThread, (r) =>
+      times(batch, (b) => `  var acc${r}_${b} = 0.0; var pair${r}_${b} = vec2<f16>();`))
+  }
+  for (var turn = 0u; turn < turns; turn++) {
+${turn(kernel)}
+    position += ${kernel.turnPositions}u;
+  }
+${whole && splits > 1 ? addSplits(kernel, target) : storeSums(kernel, target)}
+}
+`;
+}
+
+function declarations(kernel: DequantizeKernel): string {
+  const { format: { m, v }, batch, splits, copies, turnPositions, order, localInput } = kernel;
+  const tables = times(
+    m * v / 4,
+    (t) => `var<workgroup> ${tableName(v, t)}: array<vec4<f16>, ${256 * copies}>;`,
+  );
+  const input = localInput
+    ? `// A turn's activations, row by row.
+var<workgroup> inputs: array<array<vec4<f16>, ${batch * turnPositions * v / 4}>, ${
+      splits * splitPositions(order) / turnPositions
+    }>;`
+    : "";
+  const sums = holdsWholeSums(kernel) && splits > 1
+    ? `var<workgroup> sums: array<vec4<f32>, ${splits * dequantizeColumns(kernel) / 4}>;`
+    : "";
+  return [tables, input, sums].join("\n");
+}
+
+const tableName = (v: number, t: number) => `table${Math.floor(t / (v / 4))}_${t % (v / 4)}`;
+
+/** The codebooks into workgroup memory: neighbouring lanes write different copies at a time. */
+function fillTables(kernel: DequantizeKernel): string {
+  const { format: { m, v }, copies } = kernel;
+  const threads = dequantizeThreads(kernel);
+  const quads = v / 4;
+  return `  for (var entry = lane; entry < 256u; entry += ${threads}u) {
+${
+    times(m * quads, (t) =>
+      `    let centroid${t} = codebooks[((book * ${m}u + ${
+        Math.floor(t / quads)
+      }u) * 256u + entry) * ${quads}u + ${t % quads}u];`)
+  }
+${
+    times(copies, (c) =>
+      `    { let at = entry * ${copies}u + ((lane + ${c}u) & ${copies - 1}u);
+${times(m * quads, (t) => `${tableName(v, t)}[at] = centroid${t};`)} }`)
+  }
+  }`;
+}
+
+/** The activations of the workgroup's splits into workgroup memory. */
+function fillInput(kernel: DequantizeKernel): string {
+  const { format: { v }, order, batch, splits, turnPositions } = kernel;
+  const turnQuads = turnPositions * v / 4;
+  const turns = splits * splitPositions(order) / turnPositions;
+  return `  let input_at = workgroup.y * ${splits * splitPositions(order) * v / 4}u;
+  for (var i = lane; i < ${turns * batch * turnQuads}u; i += ${dequantizeThreads(kernel)}u) {
+    let at = i % ${batch * turnQuads}u;
+    let row = min(first + at / ${turnQuads}u, rows - 1u);
+    let turn = i / ${batch * turnQuads}u;
+    inputs[turn][at] = x[input_of(row) + input_at + turn * ${turnQuads}u + at % ${turnQuads}u];
+  }`;
+}
+
+/** Positions `[position, position + turnPositions)`. */
+function turn(kernel: DequantizeKernel): string {
+  const { format: { v }, order, batch, turnPositions, localInput, lanes, prefetch } = kernel;
+  const perWord = codesPerWord(kernel.format);
+  const quads = v / 4;
+  const turnQuads = turnPositions * quads;
+  const parts = prefetch
+    ? [
+      eachWord(kernel, (name) => `let w${name} = next${name};`),
+      `{ let next = select(position, position + ${turnPositions}u, turn + 1u < turns);`,
+      loadWords(kernel, "next", (name) => `next${name}`),
+      "}",
+    ]
+    : [loadWords(kernel, "position", (name) => `let w${name}`)];
+  parts.push(loadScales(kernel));
+  if (localInput) {
+    const perSplit = splitPositions(order) / turnPositions;
+    parts.push(`let input_turn = lane / ${lanes}u * ${perSplit}u + turn;`);
+  } else {
+    parts.push(`let input_quad = position * ${quads}u;`);
+  }
+  // Two quads of activations stand side by side: one load each for both.
+  const together = Math.max(1, Math.floor(2 / quads));
+  for (let from = 0; from < turnPositions; from += together) {
+    const count = Math.min(together, turnPositions - from);
+    parts.push("{");
+    for (let b = 0; b < batch; b++) {
+      for (let q = from * quads; q < (from + count) * quads; q++) {
+        parts.push(
+          localInput
+            ? `let a${b}_${q} = inputs[input_turn][${b * turnQuads + q}u];`
+            : `let a${b}_${q} = x[x${b} + input_quad + ${q}u];`,
+        );
+      }
+    }
+    for (let p = from; p < from + count; p++) parts.push(products(kernel, p, perWord));
+    parts.push("}");
+  }
+  return parts.join("\n");
+}
+
+/** The products of a position for all rows of N of a thread. */
+function products(kernel: DequantizeKernel, position: number, perWord: number): string {
+  const { format, order, batch, rowsPerThread, copies, packed } = kernel;
+  const { m, v } = format;
+  const quads = v / 4;
+  const opensGroup = position % order.groupPositions === 0;
+  const closesGroup = (position + 1) % order.groupPositions === 0;
+  return times(rowsPerThread, (r) => {
+    const parts = ["{"];
+    for (let k = 0; k < m; k++) {
+      const word = `w${Math.floor(position / perWord)}_${k}_${r >> 2}.${"xyzw"[r & 3]}`;
+      const at = codeIndex(format, word, position % perWord, copies, "copy", packed);
+      parts.push(`let at${k} = ${at};`);
+    }
+    for (let q = 0; q < quads; q++) {
+      const centroid = Array.from({ length: m }, (_, k) => `table${k}_${q}[at${k}]`).join(" + ");
+      // A vector longer than the float16 bound is closed in between.
+      const opens = q === 0 ? opensGroup : q % 4 === 0;
+      const closes = q === quads - 1 ? closesGroup : q % 4 === 3;
+      parts.push(`let c${q} = ${centroid};`);
+      for (let b = 0; b < batch; b++) {
+        const pair = `pair${r}_${b}`;
+        const input = `a${b}_${position * quads + q}`;
+        parts.push(
+          opens
+            ? `${pair} = ${input}.xy * c${q}.xy;`
+            : `${pair} = fma(${input}.xy, c${q}.xy, ${pair});`,
+          `${pair} = fma(${input}.zw, c${q}.zw, ${pair});`,
+        );
+        if (!closes) continue;
+        const scale = scaleOf(kernel, position, r);
+        parts.push(`acc${r}_${b} = fma(${scale}, f32(${pair}.x + ${pair}.y), acc${r}_${b});`);
+      }
+    }
+    parts.push("}");
+    return parts.join("\n");
+  });
+}
+
+/** Calls `body` for each vector of a thread's code words in a turn: its name, its place, its rows. */
+function eachWord(
+  kernel: DequantizeKernel,
+  body: (name: string, at: number, t: number) => string,
+): string {
+  const { format, turnPositions, rowsPerThread, order } = kernel;
+  return times(turnPositions / codesPerWord(format), (word) =>
+    times(format.m, (k) =>
+      times(
+        rowsPerThread / 4,
+        (t) => body(`${word}_${k}_${t}`, (word * format.m + k) * order.rowBlock / 4, t),
+      )));
+}
+
+/** The code words of the turn that begins at `position`, into what `target` names. */
+function loadWords(
+  kernel: DequantizeKernel,
+  position: string,
+  target: (name: string) => string,
+): string {
+  const { format, order } = kernel;
+  const line = format.m * order.rowBlock / 4;
+  return eachWord(kernel, (name, at, t) => {
+    const word = `${position} / ${codesPerWord(format)}u * ${line}u`;
+    return `${target(name)} = codes[words${t} + ${word} + ${at}u];`;
+  });
+}
+
+/** Scales of the turn: `scale<segment>_<row quad>`. */
+function loadScales(kernel: DequantizeKernel): string {
+  const { turnPositions, rowsPerThread, order } = kernel;
+  const segment = gcd(turnPositions, order.scalePositions);
+  return times(turnPositions / segment, (s) =>
+    times(
+      rowsPerThread / 4,
+      (t) =>
+        `let scale${s}_${t} = vec4<f32>(scales[scales${t} + (position + ${
+          s * segment
+        }u) / ${order.scalePositions}u * ${order.rowBlock / 4}u]);`,
+    ));
+}
+
+function scaleOf({ turnPositions, order }: DequantizeKernel, position: number, r: number): string {
+  const segment = Math.floor(position / gcd(turnPositions, order.scalePositions));
+  return `scale${segment}_${r >> 2}.${"xyzw"[r & 3]}`;
+}
+
+/** Row quad `t` of a thread for place `b` of the batch. */
+function quadSum(t: number, b: number): string {
+  return `vec4<f32>(${[0, 1, 2, 3].map((r) => `acc${4 * t + r}_${b}`).join(", ")})`;
+}
+
+/** A split's sums: partial ones, padded rows of N included, or whole ones where K is one split. */
+function storeSums(kernel: DequantizeKernel, target: Target): string {
+  const { batch, rowsPerThread, lanes } = kernel;
+  return times(batch, (b) =>
+    times(
+      rowsPerThread / 4,
+      (t) =>
+        `  if (first + ${b}u < rows && quad + ${t * lanes}u + lane % ${lanes}u < quads) {
+    ${store(target, b, "split", `quad${t}`, quadSum(t, b))}
+  }`,
+    ));
+}
+
+/** The sums of all splits, put together in workgroup memory as the order says. */
+function addSplits(kernel: DequantizeKernel, target: Target): string {
+  const { batch, rowsPerThread, lanes, order } = kernel;
+  const { splits, slices } = order.dequantize;
+  const workgroupQuads = dequantizeColumns(kernel) / 4;
+  const perSlice = Math.ceil(splits / slices);
+  const slice = (s: number) => {
+    const from = s * perSlice;
+    const count = Math.max(0, Math.min(perSlice, splits - from));
+    return `{ var sum = vec4<f32>();
+${times(count, (i) => `sum += sums[i + ${(from + i) * workgroupQuads}u];`)}
+total += sum; }`;
+  };
+  return times(batch, (b) =>
+    `${b > 0 ? "  workgroupBarrier();" : ""}
+${
+      times(rowsPerThread / 4, (t) =>
+        `  sums[lane / ${lanes}u * ${workgroupQuads}u + ${t * lanes}u + lane % ${lanes}u] = ${
+          quadSum(t, b)
+        };`)
+    }
+  workgroupBarrier();
+  if (first + ${b}u < rows) {
+    for (var i = lane; i < min(${workgroupQuads}u, quads - quad); i += ${
+      dequantizeThreads(kernel)
+    }u) {
+      var total = vec4<f32>();
+${times(slices, slice)}
+      ${store(target, b, "0u", "(quad + i)", "total")}
+    }
+  }`);
+}
+
+/** Stores the sums of four rows of N. */
+function store(
+  target: Target,
+  b: number,
+  split: string,
+  quad: string,
+  value: string,
+): string {
+  if (target === "partial") {
+    return `y[(${split} * params.row_cap + first - params.row_base + ${b}u) * params.partial_stride / 4u + ${quad}] = ${value};`;
+  }
+  return `let value = ${value};
+${
+    times(4, (r) =>
+      `if (${quad} * 4u + ${r}u < params.n) { put(range_start() + first + ${b}u, ${quad} * 4u + ${r}u, value.${
+        "xyzw"[r]
+      }); }`)
+  }`;
+}
