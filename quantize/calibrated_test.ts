@@ -22,6 +22,7 @@ import { batches, cutSequences } from "./calibration_text.ts";
 import { parseFormat } from "./format.ts";
 import { hessianBands } from "./capture.ts";
 import { memoryWork } from "./work_files.ts";
+import type { FileSink } from "./writer.ts";
 
 const FORMAT = parseFormat("m1v4g16");
 const SETTINGS: CalibratedSettings = {
@@ -85,7 +86,7 @@ Deno.test("calibration lowers every weighted error, and tuning the model its div
     assert((await result.read(norm.name, 0, norm.bytes)).some((byte) => byte !== 0));
   }));
 
-Deno.test("a run that was cut short goes on at its block and comes to the same bytes", async () => {
+Deno.test("a run that was cut short, and then met a full disk, goes on where it stood and comes to the same bytes", async () => {
   const whole = new Map<string, Uint8Array>();
   const settings = { ...SETTINGS, modelSteps: 2 };
   await withRun(async (run, files) => {
@@ -97,8 +98,10 @@ Deno.test("a run that was cut short goes on at its block and comes to the same b
       throw new Error("power cut");
     };
     const cut = { ...run, onBlock: stop };
+    // Blocks know nothing of model tuning: it may be asked for differently afterwards.
+    const other = { ...settings, modelSteps: 3 };
     await assertRejects(
-      async () => await quantizeCalibrated(await openTiny(), FORMAT, TEXT, settings, cut),
+      async () => await quantizeCalibrated(await openTiny(), FORMAT, TEXT, other, cut),
       Error,
       "power cut",
     );
@@ -109,12 +112,28 @@ Deno.test("a run that was cut short goes on at its block and comes to the same b
       "stopped half way",
     );
     assertEquals([error.code, files.size], ["disk", 0]);
-    const done: number[] = [];
-    await quantizeCalibrated(await openTiny(), FORMAT, TEXT, settings, {
+    const done: number[] = [], steps: number[] = [];
+    const again = {
       ...run,
-      onBlock: (_, number) => done.push(number),
-    });
-    assertEquals(done, [2]);
+      onBlock: (_: unknown, number: number) => done.push(number),
+      onStep: (step: number) => steps.push(step),
+    };
+    const full: FileSink = {
+      write: (name) => Promise.reject(new FleetError("disk", `Cannot write ${name}: disk full`)),
+    };
+    await assertRejects(
+      async () =>
+        await quantizeCalibrated(await openTiny(), FORMAT, TEXT, settings, {
+          ...again,
+          sink: full,
+        }),
+      FleetError,
+      "Cannot write model-00001-of-00001.safetensors: disk full",
+    );
+    assertEquals([done, steps], [[2], [0, 2]]);
+    await quantizeCalibrated(await openTiny(), FORMAT, TEXT, settings, again);
+    // Neither a block nor a step was done twice.
+    assertEquals([done, steps], [[2], [0, 2]]);
     assertEquals(files, whole);
   });
 });
