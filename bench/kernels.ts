@@ -1,8 +1,10 @@
 /**
- * The linear kernels at the shapes of Llama 3: GPU time by timestamp queries, weights rotated past the
- * cache, partial sums and their reduction included. Beside it what reading alone costs on this GPU.
+ * The kernels of a layer at the shapes of Llama 3: GPU time by timestamp queries. Linear kernels with
+ * weights rotated past the cache, partial sums and their reduction included, beside what reading alone
+ * costs on this GPU; or, with `--transformer`, all that stands between them.
  *
  *     deno task bench kernels --shape llama-3-70b --format m1v4g128 --rows 1,2,4,8,16,32
+ *     deno task bench kernels --shape llama-3-70b --transformer --rows 1,8,32 --contexts 1024,8192
  *
  * @module
  */
@@ -21,6 +23,7 @@ import { parseFormatName } from "../shared/checkpoint/mod.ts";
 import { FleetError } from "../shared/errors.ts";
 import { parseFlags, runCommand } from "../shared/flags.ts";
 import type { CodeGemmFormat } from "../shared/model_config.ts";
+import { benchTransformer, type TransformerMeasurement } from "./transformer_kernels.ts";
 
 /** What runs as one dispatch: matrices of one input, stacked. */
 interface BenchMatrix {
@@ -203,13 +206,19 @@ function printTable(format: string, matrices: BenchMatrix[], measured: Measureme
 async function main(): Promise<void> {
   const { values } = parseFlags({
     command: "bench kernels",
-    summary: "Times the linear kernels, a layer's worth.",
+    summary: "Times the linear kernels of a layer, or those between them.",
     flags: {
       shape: { type: "string", default: "llama-3-70b", help: Object.keys(SHAPES).join(", ") },
       format: {
         type: "string",
         default: "m1v4g128,m2v8g128",
         help: "dense, m1v4g128, m1v8b16 (AQLM's 1x16), ..., separated by commas",
+      },
+      transformer: { type: "boolean", help: "time norm, RoPE, attention and SwiGLU instead" },
+      contexts: {
+        type: "string",
+        default: "1024,8192",
+        help: "positions of a sequence, for those",
       },
       family: { type: "string", default: FAMILIES.join(), help: "codegemm, dequantize, prefill" },
       rows: { type: "string", default: "1,2,4,8,16,32,64", help: "rows of decode steps" },
@@ -226,6 +235,20 @@ async function main(): Promise<void> {
   const readGBps = await readBandwidth(gpu, timer);
   console.log(`${gpu.info.name}: ${values.shape}, reads ${readGBps.toFixed(0)} GB/s`);
   const cacheBytes = values.cache ?? (gpu.info.software ? 0 : 400 * 2 ** 20);
+  const rowCounts = values.rows.split(",").map(Number);
+  const report = async (measurements: (Measurement | TransformerMeasurement)[]) => {
+    timer.destroy();
+    if (values.out !== undefined) {
+      const figures = { adapter: gpu.info, readGBps, shape: values.shape, measurements };
+      await Deno.writeTextFile(values.out, JSON.stringify(figures, null, 2) + "\n");
+    }
+    gpu.close();
+  };
+  if (values.transformer) {
+    const contexts = values.contexts.split(",").map(Number);
+    const options = { shape: values.shape, rows: rowCounts, contexts, cacheBytes };
+    return await report(await benchTransformer(gpu, timer, options));
+  }
   const families = FAMILIES.filter((family) => values.family.split(",").includes(family));
   const measurements: Measurement[] = [];
   for (const name of values.format.split(",")) {
@@ -237,8 +260,8 @@ async function main(): Promise<void> {
         // Dense has one family of decode kernels; codes of more than 8 bits the dequantizing one.
         if (format === null && family === "dequantize") continue;
         if (format !== null && format.b > 8 && family === "codegemm") continue;
-        const counts = family === "prefill" ? values["prefill-rows"] : values.rows;
-        for (const rows of counts.split(",").map(Number)) {
+        const prefillCounts = values["prefill-rows"].split(",").map(Number);
+        for (const rows of family === "prefill" ? prefillCounts : rowCounts) {
           const microseconds = await measure(gpu, timer, copies, family, rows);
           const gigabytesPerSecond = bytes / microseconds / 1e3;
           measurements.push({
@@ -259,12 +282,7 @@ async function main(): Promise<void> {
     }
     printTable(name, matrices, measurements);
   }
-  timer.destroy();
-  if (values.out !== undefined) {
-    const report = { adapter: gpu.info, readGBps, shape: values.shape, measurements };
-    await Deno.writeTextFile(values.out, JSON.stringify(report, null, 2) + "\n");
-  }
-  gpu.close();
+  await report(measurements);
 }
 
 if (import.meta.main) await runCommand(main);

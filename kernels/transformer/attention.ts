@@ -30,6 +30,11 @@ export interface AttentionOptions {
   attended: GPUBuffer;
 }
 
+/** What decode attention needs beside. */
+export interface DecodeAttentionOptions extends AttentionOptions {
+  scratch: DecodeScratch;
+}
+
 /** Scratch bytes that decode attention aims to stay under; one row's partials are the least. */
 const SCRATCH_BYTES = 32 * 2 ** 20;
 
@@ -90,43 +95,51 @@ export function destroyDecodeScratch(scratch: DecodeScratch): void {
 }
 
 /** Attention of the step's decode rows. */
-export async function createDecodeAttention(
-  options: AttentionOptions & { scratch: DecodeScratch },
-): Promise<Kernel> {
-  const { gpu, inputs, shape, qkv, keys, values, attended, scratch } = options;
-  const headTiles = shape.kvHeads * Math.ceil(shape.group / headTile(shape));
-  const kernels: Kernel[] = [];
-  for (const [index, batch] of scratch.batches.entries()) {
-    const rowsOf = (decodeRows: number) =>
-      Math.max(0, Math.min(scratch.batchRows, decodeRows - index * scratch.batchRows));
-    kernels.push(
-      await Dispatch.create({
-        gpu,
-        label: "decode attention, splits",
-        code: decodeSplitWgsl(shape),
-        buffers: [batch, inputs.rows, inputs.pageTables, qkv, keys, values, scratch.partials],
-        workgroups: (step) => [
-          Math.ceil(step.contextTokens / SPLIT_TOKENS),
-          headTiles,
-          rowsOf(step.decodeRows),
-        ],
-      }),
-      await Dispatch.create({
-        gpu,
-        label: "decode attention, join",
-        code: decodeJoinWgsl(shape),
-        buffers: [batch, inputs.rows, scratch.partials, attended],
-        workgroups: (step) => [
-          Math.ceil(shape.heads * shape.paddedDim / 4 / 64),
-          rowsOf(step.decodeRows),
-        ],
-      }),
-    );
-  }
+export async function createDecodeAttention(options: DecodeAttentionOptions): Promise<Kernel> {
+  const batches = await createDecodeBatches(options);
   return {
     label: "decode attention",
-    encode: (pass, step) => kernels.forEach((kernel) => kernel.encode(pass, step)),
+    encode(pass, step) {
+      for (const { split, join } of batches) {
+        split.encode(pass, step);
+        join.encode(pass, step);
+      }
+    },
   };
+}
+
+/** The two dispatches of each batch of decode rows: every split on its own, then all of them joined. */
+export function createDecodeBatches(
+  options: DecodeAttentionOptions,
+): Promise<{ split: Kernel; join: Kernel }[]> {
+  const { gpu, inputs, shape, qkv, keys, values, attended, scratch } = options;
+  const headTiles = shape.kvHeads * Math.ceil(shape.group / headTile(shape));
+  return Promise.all(scratch.batches.map(async (batch, index) => {
+    const rowsOf = (decodeRows: number) =>
+      Math.max(0, Math.min(scratch.batchRows, decodeRows - index * scratch.batchRows));
+    const split = await Dispatch.create({
+      gpu,
+      label: "decode attention, splits",
+      code: decodeSplitWgsl(shape),
+      buffers: [batch, inputs.rows, inputs.pageTables, qkv, keys, values, scratch.partials],
+      workgroups: (step) => [
+        Math.ceil(step.contextTokens / SPLIT_TOKENS),
+        headTiles,
+        rowsOf(step.decodeRows),
+      ],
+    });
+    const join = await Dispatch.create({
+      gpu,
+      label: "decode attention, join",
+      code: decodeJoinWgsl(shape),
+      buffers: [batch, inputs.rows, scratch.partials, attended],
+      workgroups: (step) => [
+        Math.ceil(shape.heads * shape.paddedDim / 4 / 64),
+        rowsOf(step.decodeRows),
+      ],
+    });
+    return { split, join };
+  }));
 }
 
 /** Attention of the step's prefill rows, tile by tile. */
