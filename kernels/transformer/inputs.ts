@@ -55,12 +55,16 @@ const PAGE_TOKENS = ${PAGE_TOKENS}u;
 fn to_f16(value: f32) -> f16 {
   return f16(clamp(value, -65504.0, 65504.0));
 }
+
+fn to_f16x4(value: vec4<f32>) -> vec4<f16> {
+  return vec4<f16>(clamp(value, vec4<f32>(-65504.0), vec4<f32>(65504.0)));
+}
 `;
 
 /**
  * Complete WGSL from a kernel's own: what all of these kernels share, then `code`.
  *
- * Float16 is written through `to_f16` only: WGSL leaves the result open where a value is out of
+ * Float16 is written through `to_f16` and `to_f16x4` only: WGSL leaves the result open where a value is out of
  * range, so it is clamped to the finite ones first.
  */
 export function transformerWgsl(code: string): string {

@@ -11,7 +11,7 @@ import { type StepInputs, transformerWgsl } from "./inputs.ts";
 import type { HeadShape } from "./kv_layout.ts";
 import embedWgsl from "./embed.wgsl" with { type: "text" };
 import { ropeKernelWgsl, swigluKernelWgsl } from "./pairs_wgsl.ts";
-import { rmsnormWgsl } from "./rmsnorm_wgsl.ts";
+import { normShares, rmsnormWgsl } from "./rmsnorm_wgsl.ts";
 import hiddenWgsl from "./hidden.wgsl" with { type: "text" };
 
 /** Lanes of a workgroup in the kernels that have a thread per column. */
@@ -82,7 +82,7 @@ export function createRmsNorm(options: {
     label: "rmsnorm",
     code: rmsnormWgsl(hidden, epsilon, false),
     buffers: [residual, weight, normed],
-    workgroups: (shape) => [shape.rows],
+    workgroups: (shape) => [normShares(hidden), shape.rows],
   });
 }
 
@@ -106,7 +106,7 @@ export function createFinalNorm(options: {
     label: "final norm",
     code: rmsnormWgsl(hidden, epsilon, true),
     buffers: [residual, weight, normed, inputs.outputRows],
-    workgroups: (shape) => [shape.outputs],
+    workgroups: (shape) => [normShares(hidden), shape.outputs],
   });
 }
 

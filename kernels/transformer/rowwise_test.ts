@@ -89,7 +89,7 @@ Deno.test("the embedding finds each token's row, in whichever piece of the table
 Deno.test("RMSNorm of all rows and of the gathered output rows agrees with the reference", () =>
   withGpu(async (gpu) => {
     const random = seededRandom(2);
-    for (const hidden of [8, 100, 384, 1030]) {
+    for (const hidden of [8, 100, 384, 1030, 2048, 4100]) {
       const rows = 5, outputs = [4, 1], epsilon = 1e-5;
       const inputs = new StepBuffers(gpu, LIMITS, 16);
       const values = normals(random, rows * hidden, 3);
