@@ -9,15 +9,16 @@ import { linearScratchBytes } from "./binding.ts";
 import { createLinear } from "./linear.ts";
 import { loadMatrix } from "./matrix.ts";
 import { DENSE_TILE_K } from "./order.ts";
-import { tileK } from "./prefill_wgsl.ts";
+import { prefillGroupK } from "./prefill_tile.ts";
 import { randomTensors } from "./random_tensors.ts";
 import {
   codegemmProduct,
+  codePrefillProduct,
+  densePrefillProduct,
   denseProduct,
   dequantize,
   dequantizeProduct,
   exactProduct,
-  prefillProduct,
   readCodeTensors,
 } from "./reference.ts";
 import { bitsOf, randomActivations, runLinear, stepShape } from "./rig.ts";
@@ -55,15 +56,20 @@ async function orderedReference(
   x: Float16Array,
 ): Promise<Float32Array> {
   const { matrix: { order }, shape, weights, tensors } = of;
-  if (kind === "prefill") {
-    const { format } = of;
-    return prefillProduct(weights, shape, x, format ? tileK({ format }) : undefined);
+  if (order.kind === "dense") {
+    return kind === "prefill"
+      ? densePrefillProduct(weights, shape, x)
+      : denseProduct(weights, shape, order, DENSE_TILE_K, x);
   }
-  if (order.kind === "dense") return denseProduct(weights, shape, order, DENSE_TILE_K, x);
   const codes = await readCodeTensors(tensors, "w", shape, of.format!);
-  return kind === "codegemm"
-    ? codegemmProduct(codes, order, x)
-    : dequantizeProduct(codes, order, x);
+  switch (kind) {
+    case "prefill":
+      return codePrefillProduct(codes, prefillGroupK({ format: codes.format, order }), x);
+    case "codegemm":
+      return codegemmProduct(codes, order, x);
+    case "dequantize":
+      return dequantizeProduct(codes, order, x);
+  }
 }
 
 /** The largest error of a row, as a fraction of the sum of its products' magnitudes. */

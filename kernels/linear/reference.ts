@@ -210,36 +210,48 @@ function sumSplits(order: SplitOrder, addUnit: (unit: number, sum: number) => nu
   return total;
 }
 
-/**
- * The order of the prefill kernels, weights rounded to float16: one chain by rising K, or in tiles of
- * `halfTileK` (CodeGEMM) one float16 chain over each 16 of K.
- */
-export function prefillProduct(
+/** The order of the dense prefill kernels: one chain by rising K. */
+export function densePrefillProduct(
   weights: ArrayLike<number>,
   [n, k]: MatrixShape,
   x: ArrayLike<number>,
-  halfTileK?: number,
 ): Float32Array<ArrayBuffer> {
   const y = new Float32Array(n);
-  if (halfTileK !== undefined) {
-    for (let row = 0; row < n; row++) {
-      for (let tile = 0; tile < k; tile += halfTileK) {
-        const end = Math.min(k, tile + halfTileK);
-        for (let at = tile; at < end; at += 16) {
-          let sum = 0;
-          for (let i = at; i < Math.min(end, at + 16); i++) {
-            sum = fma16(f16(weights[row * k + i]), x[i], sum);
-          }
-          y[row] = f32(y[row] + sum);
-        }
-      }
-    }
-    return y;
-  }
   for (let row = 0; row < n; row++) {
     let sum = 0;
-    for (let at = 0; at < k; at++) sum = fma32(f16(weights[row * k + at]), x[at], sum);
+    for (let at = 0; at < k; at++) sum = fma32(weights[row * k + at], x[at], sum);
     y[row] = sum;
+  }
+  return y;
+}
+
+/**
+ * The order of the CodeGEMM prefill kernels: in groups of `groupK`, a float16 chain over the even and
+ * one over the odd of up to 16 K, their sum scaled and added in float32 by rising K.
+ */
+export function codePrefillProduct(
+  matrix: CodeTensors,
+  groupK: number,
+  x: ArrayLike<number>,
+): Float32Array<ArrayBuffer> {
+  const { shape: [n, k], format: { m, v, g, b }, codebooks, scales } = matrix;
+  const y = new Float32Array(n);
+  for (let row = 0; row < n; row++) {
+    for (let at = 0, end = 0; at < k; at = end) {
+      const groupEnd = at - at % groupK + groupK;
+      end = Math.min(at + 16, groupEnd);
+      const chains = [0, 0];
+      for (let i = at; i < end; i++) {
+        let weight = 0;
+        for (let c = 0; c < m; c++) {
+          const code = codeAt(matrix, c, Math.floor(i / v), row);
+          weight = f16(weight + codebooks[(c * 2 ** b + code) * v + i % v]);
+        }
+        chains[(i - at) % 2] = fma16(x[i], weight, chains[(i - at) % 2]);
+      }
+      const scale = scales[Math.floor(at / g) * n + row];
+      y[row] = fma32(scale, f16(chains[0] + chains[1]), y[row]);
+    }
   }
   return y;
 }

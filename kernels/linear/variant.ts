@@ -6,7 +6,7 @@
 import type { CodeGemmFormat } from "../../shared/model_config.ts";
 import type { NumericsProfile } from "../../shared/protocol.ts";
 import { type CodeOrder, largestDivisor } from "./order.ts";
-import type { PrefillTile } from "./prefill_wgsl.ts";
+import type { PrefillTile } from "./prefill_tile.ts";
 import type { Batch } from "./wgsl.ts";
 
 /** A choice of kernel shapes for one linear layer. */
@@ -49,8 +49,9 @@ export function defaultVariant(software: boolean): Variant {
         { rows: 64, columns: 64, patchRows: 8, patchColumns: 4 },
       ]
       : [
-        { rows: 32, columns: 128, patchRows: 4, patchColumns: 8 },
-        { rows: 64, columns: 128, patchRows: 8, patchColumns: 8 },
+        { rows: 16, columns: 64, patchRows: 4, patchColumns: 2 },
+        { rows: 32, columns: 128, patchRows: 4, patchColumns: 4 },
+        { rows: 64, columns: 128, patchRows: 8, patchColumns: 4 },
       ],
   };
 }

@@ -1,0 +1,63 @@
+/**
+ * What the parts of a prefill kernel's generator tell each other.
+ *
+ * @module
+ */
+import type { LinearStore } from "../kernel.ts";
+import type { PrefillCode, PrefillTile, TileK } from "./prefill_tile.ts";
+import { times } from "./wgsl.ts";
+
+/** What a prefill kernel is generated from; `code` is null for dense. */
+export interface PrefillKernel {
+  tile: PrefillTile;
+  code: PrefillCode | null;
+  /** K of the matrix: kernels of whole tiles check less. */
+  k: number;
+  /** K is a multiple of 4, and input rows begin at one: the input is bound as vectors of 4. */
+  vectorInput: boolean;
+  /** Straight code, and loads a tile ahead. */
+  unroll: boolean;
+  /** Workgroup memory that may be used. */
+  workgroupBytes: number;
+  /** WGSL has `dot4U8Packed`. */
+  packedDot: boolean;
+  store: LinearStore;
+}
+
+/** A value that a thread loads for a tile. */
+export interface TileLoad {
+  name: string;
+  type: string;
+  /** WGSL of the value; `k` is WGSL of where the tile begins. */
+  value(k: string): string;
+}
+
+/** The half of a prefill kernel that knows the weights. */
+export interface WeightSource {
+  declarations: string;
+  prologue: string;
+  /** What threads share out among them when they fill a tile. */
+  items: number;
+  /** What item `i` loads, into names that end in `slot`. */
+  load(i: string, slot: string): TileLoad[];
+  /** Statements that put what was loaded into `tile_w[buffer_x + ...]`. */
+  fill(i: string, slot: string): string;
+  /** What a thread loads for its own columns; none where it loads as it multiplies. */
+  own: TileLoad[];
+  /** Statements that add a tile's products to the variables `acc{row}_{column}`. */
+  products: string;
+}
+
+/** Constants of a kernel that both halves of its code are made from. */
+export interface PrefillFrame {
+  kernel: PrefillKernel;
+  k: TileK;
+  threadColumns: number;
+  /** K of the matrix is not a multiple of the tile's. */
+  tail: boolean;
+}
+
+/** A line for every output of a thread's patch. */
+export function eachOutput(tile: PrefillTile, body: (r: number, c: number) => string): string {
+  return times(tile.patchRows, (r) => times(tile.patchColumns, (c) => body(r, c)));
+}

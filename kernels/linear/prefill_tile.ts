@@ -1,0 +1,151 @@
+/**
+ * The tiles of prefill kernels: how a workgroup's outputs are shared out among its threads, how K is
+ * cut, and what lies where in workgroup memory.
+ *
+ * @module
+ */
+import { invariant } from "../../shared/errors.ts";
+import { type CodeGemmFormat, codesPerWord } from "../../shared/model_config.ts";
+import { centroidCount } from "./code_words_wgsl.ts";
+import type { CodeOrder } from "./order.ts";
+import { DENSE_K_ALIGN, largestDivisor, lcm } from "./order.ts";
+
+/** The tile of outputs of a workgroup. None of this changes a bit of the result. */
+export interface PrefillTile {
+  /** Rows of the step, and rows of N, that a workgroup computes: powers of two. */
+  rows: number;
+  columns: number;
+  /** Rows and columns of one thread's patch: powers of two. */
+  patchRows: number;
+  patchColumns: number;
+  /** K of a CodeGEMM tile, about; by default 32. */
+  depth?: number;
+  /** How often a codebook stands in workgroup memory at most, where there is room; by default 4. */
+  copies?: number;
+  /** Tiles in workgroup memory: with 2, one is filled while others still compute; by default 1. */
+  buffers?: 1 | 2;
+}
+
+/** The codes of a matrix, as far as a prefill kernel depends on them. */
+export interface PrefillCode {
+  format: CodeGemmFormat;
+  order: Pick<CodeOrder, "rowBlock" | "scalePositions">;
+}
+
+/**
+ * K of a tile in groups: of a group, float16 sums of 16 consecutive K are made (see
+ * {@linkcode chainQuads}). A group is filled up with zeros to quads, 4 values along K.
+ */
+export interface TileK {
+  depth: number;
+  groupK: number;
+  groups: number;
+  groupQuads: number;
+  /** All quads of a tile, of one row or column. */
+  quads: number;
+}
+
+/** Consecutive K whose products are summed in float16 (DESIGN). */
+export const CHAIN_K = 16;
+const CHAIN_QUADS = CHAIN_K / 4;
+const DEFAULT_DEPTH = 32;
+const DEFAULT_COPIES = 4;
+/** Above it, the vectors of a code word are too much for a tile. */
+const LONG_VECTOR = 32;
+
+/** Threads along N and along the step's rows. */
+export function threadGrid(tile: PrefillTile): { columns: number; rows: number } {
+  return { columns: tile.columns / tile.patchColumns, rows: tile.rows / tile.patchRows };
+}
+
+/** Threads of a prefill workgroup. */
+export function prefillThreads(tile: PrefillTile): number {
+  const { columns, rows } = threadGrid(tile);
+  return columns * rows;
+}
+
+/** K that a group of a CodeGEMM matrix has: whole codes of one scale, or whole chains of one code. */
+export function prefillGroupK({ format: { v }, order }: PrefillCode): number {
+  if (v > CHAIN_K && v % CHAIN_K === 0) return CHAIN_K;
+  return v * largestDivisor(order.scalePositions, Math.max(1, Math.floor(CHAIN_K / v)), 1);
+}
+
+/** The quads of a group's float16 sums, one after the other. */
+export function chainQuads({ groupQuads }: Pick<TileK, "groupQuads">): number[] {
+  return Array.from(
+    { length: Math.ceil(groupQuads / CHAIN_QUADS) },
+    (_, i) => Math.min(CHAIN_QUADS, groupQuads - i * CHAIN_QUADS),
+  );
+}
+
+/**
+ * Codes that a thread takes from one load of code words, those of a word or one of them; null where
+ * codes do not fill quads, and weights are put together one by one.
+ */
+export function itemPositions(code: PrefillCode): number | null {
+  const { v } = code.format;
+  if (v % 4 !== 0 || v > LONG_VECTOR) return null;
+  const perWord = codesPerWord(code.format);
+  return lcm(perWord * v, prefillGroupK(code)) <= DEFAULT_DEPTH ? perWord : 1;
+}
+
+/** How a tile cuts K; `code` is null for dense. */
+export function tileK(tile: PrefillTile, code: PrefillCode | null): TileK {
+  if (code === null) return groups(DENSE_K_ALIGN, DENSE_K_ALIGN);
+  const groupK = prefillGroupK(code);
+  const step = lcm(groupK, (itemPositions(code) ?? 0) * code.format.v || groupK);
+  return groups(Math.max(1, Math.floor((tile.depth ?? DEFAULT_DEPTH) / step)) * step, groupK);
+}
+
+function groups(depth: number, groupK: number): TileK {
+  const groupQuads = Math.ceil(groupK / 4);
+  const count = depth / groupK;
+  return { depth, groupK, groups: count, groupQuads, quads: count * groupQuads };
+}
+
+/**
+ * Quads that a thread's rows or columns take in workgroup memory: so many more than they are that
+ * neighbouring threads, reading two quads at a time, meet in no bank.
+ */
+export function paddedQuads(quads: number): number {
+  return quads + (6 - quads % 4) % 4;
+}
+
+/** Workgroup memory of a prefill kernel, beside its codebooks. */
+export function prefillBytes(tile: PrefillTile, code: PrefillCode | null): number {
+  const { quads } = tileK(tile, code);
+  const grid = threadGrid(tile);
+  const held = grid.rows * paddedQuads(tile.patchRows * quads) +
+    grid.columns * paddedQuads(tile.patchColumns * quads);
+  return held * 8 * (tile.buffers ?? 1);
+}
+
+/** How often the codebooks stand in workgroup memory: 0 where they do not fit once. */
+export function tableCopies(tile: PrefillTile, code: PrefillCode, workgroupBytes: number): number {
+  if (itemPositions(code) === null) return 0;
+  const free = workgroupBytes - prefillBytes(tile, code);
+  const fit = Math.floor(free / (code.format.m * centroidCount(code.format) * code.format.v * 2));
+  if (fit < 1) return 0;
+  return Math.min(tile.copies ?? DEFAULT_COPIES, 1 << Math.floor(Math.log2(fit)));
+}
+
+/**
+ * WGSL that declares `tx` and `ty`, a thread's place in its workgroup. Neighbouring threads differ in
+ * both: reading 16 bytes each, 32 threads then take two turns at the banks instead of four, because
+ * the threads of a half warp read few addresses and every address is wanted by two neighbours.
+ */
+export function threadPlace(tile: PrefillTile): string {
+  const grid = threadGrid(tile);
+  const bits = { x: Math.log2(grid.columns), y: Math.log2(grid.rows) };
+  invariant(Number.isInteger(bits.x) && Number.isInteger(bits.y), "a tile is of powers of two");
+  const taken = { x: 0, y: 0 };
+  const places = { x: [] as string[], y: [] as string[] };
+  const wanted = [..."yxxxy", ..."x".repeat(bits.x), ..."y".repeat(bits.y)] as ("x" | "y")[];
+  let lane = 0;
+  for (const axis of wanted) {
+    if (taken[axis] === bits[axis]) continue;
+    places[axis].push(`((lane >> ${lane++}u) & 1u) << ${taken[axis]++}u`);
+  }
+  const place = (parts: string[]) => parts.map((part) => `(${part})`).join(" | ") || "0u";
+  return `  let tx = ${place(places.x)};\n  let ty = ${place(places.y)};`;
+}
