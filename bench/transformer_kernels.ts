@@ -125,6 +125,7 @@ async function layerKernels(
   });
 
   const norms: Kernel[] = [], ropes: Kernel[] = [], splits: Kernel[] = [], joins: Kernel[] = [];
+  const lateSplits: Kernel[] = [];
   const pageBytes = limits.pages * kvPageBytes(shape);
   const copies = Math.max(1, Math.min(DISPATCHES, Math.ceil(cacheBytes / (2 * pageBytes))));
   for (let i = 0; i < copies; i++) {
@@ -139,12 +140,15 @@ async function layerKernels(
     const batches = await createDecodeBatches(attention);
     splits.push(together(batches.map(({ split }) => split)));
     joins.push(together(batches.map(({ join }) => join)));
+    const late = await createDecodeBatches({ ...attention, valuesAhead: false });
+    lateSplits.push(together(late.map(({ split }) => split)));
   }
   const swiglu = await createSwiGlu({ gpu, inputs, width: ffn, gateUp, gated });
   return new Map([
     ["norm", { copies: norms, step }],
     ["rope", { copies: ropes, step }],
     ["attention split", { copies: splits, step }],
+    ["attention split, values late", { copies: lateSplits, step }],
     ["attention join", { copies: joins, step }],
     ["swiglu", { copies: [swiglu], step }],
   ]);

@@ -5,13 +5,13 @@
  */
 import type { Gpu } from "../gpu.ts";
 import type { Kernel } from "../kernel.ts";
+import { prefillWgsl } from "./attention_wgsl.ts";
 import {
   decodeJoinWgsl,
   decodeSplitWgsl,
   headTile,
-  prefillWgsl,
   SPLIT_TOKENS,
-} from "./attention_wgsl.ts";
+} from "./decode_attention_wgsl.ts";
 import { Dispatch } from "./dispatch.ts";
 import type { StepInputs, TransformerShape } from "./inputs.ts";
 import type { HeadShape } from "./kv_layout.ts";
@@ -33,6 +33,8 @@ export interface AttentionOptions {
 /** What decode attention needs beside. */
 export interface DecodeAttentionOptions extends AttentionOptions {
   scratch: DecodeScratch;
+  /** Values are asked for beside keys, else once the scores are computed. */
+  valuesAhead?: boolean;
 }
 
 /** Scratch bytes that decode attention aims to stay under; one row's partials are the least. */
@@ -120,7 +122,7 @@ export function createDecodeBatches(
     const split = await Dispatch.create({
       gpu,
       label: "decode attention, splits",
-      code: decodeSplitWgsl(shape),
+      code: decodeSplitWgsl(shape, options.valuesAhead),
       buffers: [batch, inputs.rows, inputs.pageTables, qkv, keys, values, scratch.partials],
       workgroups: (step) => [
         Math.ceil(step.contextTokens / SPLIT_TOKENS),
@@ -133,10 +135,7 @@ export function createDecodeBatches(
       label: "decode attention, join",
       code: decodeJoinWgsl(shape),
       buffers: [batch, inputs.rows, scratch.partials, attended],
-      workgroups: (step) => [
-        Math.ceil(shape.heads * shape.paddedDim / 4 / 64),
-        rowsOf(step.decodeRows),
-      ],
+      workgroups: (step) => [shape.heads, rowsOf(step.decodeRows)],
     });
     return { split, join };
   }));
