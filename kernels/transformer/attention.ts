@@ -6,12 +6,8 @@
 import type { Gpu } from "../gpu.ts";
 import type { Kernel } from "../kernel.ts";
 import { prefillWgsl } from "./attention_wgsl.ts";
-import {
-  decodeJoinWgsl,
-  decodeSplitWgsl,
-  headTile,
-  SPLIT_TOKENS,
-} from "./decode_attention_wgsl.ts";
+import { decodeSplitWgsl, headTile, SPLIT_TOKENS } from "./decode_attention_wgsl.ts";
+import { decodeJoinWgsl } from "./decode_join_wgsl.ts";
 import { Dispatch } from "./dispatch.ts";
 import type { StepInputs, TransformerShape } from "./inputs.ts";
 import type { HeadShape } from "./kv_layout.ts";

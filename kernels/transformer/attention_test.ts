@@ -4,6 +4,9 @@ import { gaussian, randomInt, seededRandom } from "../../shared/random.ts";
 import { Gpu } from "../gpu.ts";
 import { createDecodeAttention, createDecodeScratch, createPrefillAttention } from "./attention.ts";
 import { tileRows } from "./attention_wgsl.ts";
+import { SPLIT_TOKENS } from "./decode_attention_wgsl.ts";
+import { decodeJoinWgsl } from "./decode_join_wgsl.ts";
+import { Dispatch } from "./dispatch.ts";
 import type { StepInputs } from "./inputs.ts";
 import { type HeadShape, headShape, kvPageBytes } from "./kv_layout.ts";
 import { attentionReference, ropeReference, roundF16 } from "./reference.ts";
@@ -62,8 +65,12 @@ class Rig {
   }
 }
 
-/** The kernels of one attention layer over a cache. */
-async function createLayer(gpu: Gpu, rig: Rig, scratchBytes?: number) {
+/**
+ * The kernels of one attention layer over a cache.
+ *
+ * @param past what each byte of the cache is before a row is written
+ */
+async function createLayer(gpu: Gpu, rig: Rig, scratchBytes?: number, past = 0) {
   const { shape } = rig;
   const { headDim, heads } = shape;
   const inputs = new StepBuffers(gpu, LIMITS, tileRows(shape));
@@ -73,6 +80,7 @@ async function createLayer(gpu: Gpu, rig: Rig, scratchBytes?: number) {
   const attended = gpu.storage("attended", LIMITS.maxRows * heads * headDim * 2);
   const angles = gpu.upload("angles", ropeAngles({ headDim, ...ROPE }, LIMITS.contextTokens));
   const options = { gpu, inputs: inputs as StepInputs, shape, qkv, keys, values };
+  for (const buffer of [keys, values]) gpu.write(buffer, 0, new Uint8Array(buffer.size).fill(past));
   const scratch = createDecodeScratch(gpu, shape, LIMITS, scratchBytes);
   const rope = await createRope({ ...options, angles });
   const decode = await createDecodeAttention({ ...options, attended, scratch });
@@ -196,6 +204,65 @@ Deno.test("attention over several splits agrees with the reference, with any scr
     assertClose(decodes[0].subarray(0, 64), rig.expected(0, last), "decode");
     assertClose(decodes[0].subarray(64, 128), rig.expected(1, 0), "decode of a first position");
     assertEquals(decodes[1], decodes[0]);
+  }));
+
+Deno.test("what a page holds past a decode row's position changes none of its bits", () =>
+  withGpu(async (gpu) => {
+    const rig = new Rig(8, 2, 32, 17);
+    const bits: Uint16Array[] = [];
+    for (const past of [0, 0xff]) { // 0xffff is not a number
+      const run = await createLayer(gpu, rig, undefined, past);
+      const sequences = dealPages(2, 3);
+      bits.push(await run(batchOf(sequences, [[0, 0], [1, 0]], 2)));
+      for (let at = 1; at < 72; at += 36) {
+        bits.push(await run(batchOf(sequences, span(0, at, at + 36), 36)));
+      }
+    }
+    assertEquals(bits.slice(3), bits.slice(0, 3));
+    assertClose(bits[5].subarray(35 * 256), rig.expected(0, 72), "decode");
+  }));
+
+Deno.test("splits are joined whatever their number, past which anything may lie", () =>
+  withGpu(async (gpu) => {
+    const shape = headShape({ heads: 3, kvHeads: 1, headDim: 24 }), splits = 80;
+    const counts = [1, 2, 9, 32, 33, 80];
+    const random = seededRandom(71);
+    const partials = new Float32Array(counts.length * shape.heads * splits * 28).fill(NaN);
+    const expected: number[] = [];
+    for (const [row, count] of counts.entries()) {
+      for (let head = 0; head < shape.heads; head++) {
+        let sum = 0;
+        const weighted = new Array(24).fill(0);
+        for (let split = 0; split < count; split++) {
+          const at = ((row * shape.heads + head) * splits + split) * 28;
+          const maximum = 3 * gaussian(random), weight = 1 + 60 * random();
+          partials.set([maximum, weight, 0, 0], at);
+          sum += Math.exp(Math.fround(maximum)) * weight;
+          for (let dim = 0; dim < 24; dim++) {
+            const value = partials[at + 4 + dim] = weight * gaussian(random);
+            weighted[dim] += Math.exp(Math.fround(maximum)) * value;
+          }
+        }
+        expected.push(...weighted.map((value) => value / sum));
+      }
+    }
+    const rows = Uint32Array.from(counts.flatMap((count) => [0, count * SPLIT_TOKENS - 1, 0, 0]));
+    const batch = gpu.buffer("batch", 16, GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST);
+    gpu.write(batch, 0, Uint32Array.of(0, splits));
+    const attended = gpu.storage("attended", expected.length * 2);
+    const join = await Dispatch.create({
+      gpu,
+      label: "join",
+      code: decodeJoinWgsl(shape),
+      buffers: [batch, gpu.upload("rows", rows), gpu.upload("partials", partials), attended],
+      workgroups: () => [shape.heads, counts.length],
+    });
+    const encoder = gpu.device.createCommandEncoder();
+    const pass = encoder.beginComputePass();
+    join.encode(pass, { decodeRows: 0, rows: 0, outputs: 0, contextTokens: 0 });
+    pass.end();
+    gpu.device.queue.submit([encoder.finish()]);
+    assertClose(new Uint16Array(await gpu.read(attended, expected.length * 2)), expected, "joined");
   }));
 
 Deno.test("a row's bits do not depend on chunking, batch mates or pages", () =>
