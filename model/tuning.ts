@@ -4,6 +4,7 @@
  *
  * @module
  */
+import { z } from "zod";
 import type { Gpu } from "../kernels/gpu.ts";
 import {
   CANDIDATES,
@@ -60,9 +61,6 @@ export async function tuneStage(
 
 /** Of all the memory says, the choices that could be made today. */
 export function parseChoices(text: string | null): Choices {
-  const possible = new Map(
-    [{}, ...CANDIDATES].map((variant) => [JSON.stringify(variant), variant]),
-  );
   const choices: Choices = new Map();
   let stored: unknown;
   try {
@@ -70,13 +68,21 @@ export function parseChoices(text: string | null): Choices {
   } catch {
     return choices; // Torn by a crash: tried again.
   }
-  if (typeof stored !== "object" || stored === null) return choices;
-  for (const [key, value] of Object.entries(stored)) {
-    const variant = possible.get(JSON.stringify(value));
-    if (variant) choices.set(key, variant);
+  const entries = z.record(z.string(), z.unknown()).safeParse(stored);
+  for (const [key, value] of Object.entries(entries.data ?? {})) {
+    const choice = CHOICE.safeParse(value);
+    if (choice.success) choices.set(key, choice.data);
   }
   return choices;
 }
+
+const POSSIBLE = new Map(CANDIDATES.map((choice) => [JSON.stringify(choice), choice]));
+const CANDIDATE = z.unknown().transform((value) => POSSIBLE.get(JSON.stringify(value)))
+  .refine((choice) => choice !== undefined);
+const CHOICE = z.strictObject({
+  byBatch: z.strictObject({ 1: CANDIDATE, 2: CANDIDATE, 4: CANDIDATE, 8: CANDIDATE }).partial()
+    .optional(),
+});
 
 function codedMatrices(spec: StageSpec, weights: WeightStore): Matrix[] {
   const matrices: Matrix[] = [];

@@ -43,13 +43,17 @@ Deno.test("a stage's kernels are tried once, then remembered", async () => {
 
 Deno.test("of remembered choices, only those that could be made today count", () => {
   const text = JSON.stringify({
-    a: { prefetch: true },
+    a: { byBatch: { 1: { prefetch: true }, 8: { turnK: 64 } } },
     b: {},
-    c: { turnK: 7 },
-    d: { batches: [1], unroll: "yes" },
-    e: null,
+    c: { byBatch: { 1: { turnK: 7 } } },
+    d: { byBatch: { 3: { prefetch: true } } },
+    e: { batches: [1], unroll: "yes" },
+    f: null,
   });
-  assertEquals([...parseChoices(text)], [["a", { prefetch: true }], ["b", {}]]);
+  assertEquals([...parseChoices(text)], [
+    ["a", { byBatch: { 1: { prefetch: true }, 8: { turnK: 64 } } }],
+    ["b", {}],
+  ]);
 });
 
 Deno.test("a torn or strange memory of choices is an empty one", () => {

@@ -13,34 +13,42 @@ import { linearScratchBytes } from "./binding.ts";
 import { decodeCode } from "./decode.ts";
 import { createLinear } from "./linear.ts";
 import type { Linear, Matrix } from "./types.ts";
-import { decodeFamily, defaultVariant, familyBatches, type Variant } from "./variant.ts";
+import type { DecodeChoice, Variant } from "./variant.ts";
+import { decodeFamily, defaultVariant, familyBatches } from "./variant.ts";
+import type { Batch } from "./wgsl.ts";
 
-/** What is tried beside the default. */
-export const CANDIDATES: readonly Partial<Variant>[] = [
+/** What is tried beside the default, for each batch by itself. */
+export const CANDIDATES: readonly DecodeChoice[] = [
   { prefetch: true },
+  { prefetch: false },
   { turnK: 32 },
   { turnK: 32, prefetch: true },
+  { turnK: 64 },
+  { turnK: 64, prefetch: true },
   { codeRowsPerThread: 4 },
-  { codeRowsPerThread: 4, prefetch: true },
   { codeRowsPerThread: 8 },
+  { codeThreads: 256 },
+  { codeThreads: 512 },
+  { codeThreads: 512, turnK: 32 },
 ];
 
 /** What a choice must gain over the default, so that noise changes nothing. */
 const WORTHWHILE = 0.98;
 /** Copies of a matrix that are timed in turn, so that no cache holds them. */
 const MOST_MATRICES = 16;
-const BUSY_MS = 20;
+/** Compiling lets a GPU fall to lower clocks; it takes this long to be back. */
+const BUSY_MS = 100;
 
 /** What was tried, and what came of it. */
 export interface Trial {
-  variant: Partial<Variant>;
-  /** Microseconds per batch size of the default, rising; null where it failed or its bits differ. */
-  microseconds: number[] | null;
+  choice: DecodeChoice;
+  /** Microseconds by batch; a batch that failed or whose bits differ is left out. */
+  microseconds: ReadonlyMap<Batch, number>;
 }
 
 /** The choice for one shape. */
 export interface Tuned {
-  variant: Partial<Variant>;
+  variant: Pick<Variant, "byBatch">;
   trials: Trial[];
 }
 
@@ -54,7 +62,7 @@ export async function tuneLinear(
   gpu: Gpu,
   matrices: readonly Matrix[],
   decode: NumericsProfile["decode"],
-  candidates: readonly Partial<Variant>[] = CANDIDATES,
+  candidates: readonly DecodeChoice[] = CANDIDATES,
 ): Promise<Tuned> {
   const [{ format }] = matrices;
   if (!gpu.timestamps || format === null) return { variant: {}, trials: [] };
@@ -67,23 +75,47 @@ export async function tuneLinear(
   );
   try {
     const standard = await bench.run({});
-    const trials: Trial[] = [{ variant: {}, microseconds: standard.microseconds }];
-    let best: { variant: Partial<Variant>; cost: number } = { variant: {}, cost: WORTHWHILE };
-    for (const variant of candidates) {
-      const tried = await bench.run(variant).catch(() => null);
-      const same = tried !== null && tried.bits.every((word, i) => word === standard.bits[i]);
-      trials.push({ variant, microseconds: same ? tried.microseconds : null });
-      if (!same) continue;
-      const shares = tried.microseconds.map((us, i) => us / standard.microseconds[i]);
-      const cost = shares.reduce((sum, share) => sum + share, 0) / shares.length;
-      if (cost < best.cost) best = { variant, cost };
+    const trials = [trialOf({}, standard, standard)];
+    for (const choice of candidates) {
+      const tried = await bench.run(choice).catch(() => null);
+      trials.push(trialOf(choice, standard, tried ?? new Map()));
     }
     gpu.check();
-    return { variant: best.variant, trials };
+    return { variant: fastest(trials), trials };
   } finally {
     bench.destroy();
   }
 }
+
+/** Of what ran, the batches with the default's bits. */
+function trialOf(choice: DecodeChoice, standard: Runs, tried: Runs): Trial {
+  const microseconds = new Map<Batch, number>();
+  for (const [batch, run] of tried) {
+    const expected = standard.get(batch)!.bits;
+    if (run.bits.every((word, i) => word === expected[i])) {
+      microseconds.set(batch, run.microseconds);
+    }
+  }
+  return { choice, microseconds };
+}
+
+/** Each batch's fastest choice, where it is not the default. */
+function fastest([standard, ...trials]: Trial[]): Tuned["variant"] {
+  const byBatch: Partial<Record<Batch, DecodeChoice>> = {};
+  for (const [batch, microseconds] of standard.microseconds) {
+    let least = microseconds * WORTHWHILE;
+    for (const trial of trials) {
+      const taken = trial.microseconds.get(batch) ?? Infinity;
+      if (taken >= least) continue;
+      least = taken;
+      byBatch[batch] = trial.choice;
+    }
+  }
+  return Object.keys(byBatch).length === 0 ? {} : { byBatch };
+}
+
+/** One batch of rows: its time, and the bits of the first matrix's results. */
+type Runs = Map<Batch, { microseconds: number; bits: Uint32Array }>;
 
 /**
  * What a choice holds for: this adapter, the very code of all variants, and matrices of one shape.
@@ -92,7 +124,7 @@ export async function tuningKey(
   gpu: Gpu,
   matrix: Matrix,
   decode: NumericsProfile["decode"],
-  candidates: readonly Partial<Variant>[] = CANDIDATES,
+  candidates: readonly DecodeChoice[] = CANDIDATES,
 ): Promise<string> {
   const standard = defaultVariant(gpu.info.software);
   const family = matrix.format === null ? "dense" : decodeFamily(matrix.format, { decode });
@@ -103,7 +135,7 @@ export async function tuningKey(
     input: { stride: matrix.k, offset: 0 },
   };
   const code = [{}, ...candidates].flatMap((candidate) => {
-    const variant = { ...standard, ...candidate };
+    const variant = { ...standard, decode: candidate };
     return familyBatches(variant, family).map((batch) =>
       decodeCode(options, variant, batch, "partial")?.code ?? ""
     );
@@ -119,7 +151,7 @@ class TuningBench {
   readonly #gpu: Gpu;
   readonly #matrices: readonly Matrix[];
   readonly #decode: NumericsProfile["decode"];
-  readonly #batches: readonly number[];
+  readonly #batches: readonly Batch[];
   readonly #timer: PassTimer;
   readonly #input: GPUBuffer;
   readonly #output: GPUBuffer;
@@ -130,7 +162,7 @@ class TuningBench {
     gpu: Gpu,
     matrices: readonly Matrix[],
     decode: NumericsProfile["decode"],
-    batches: readonly number[],
+    batches: readonly Batch[],
   ) {
     const [{ n, k, format, order }] = matrices;
     const rows = Math.max(...batches);
@@ -151,24 +183,21 @@ class TuningBench {
     );
   }
 
-  /** Times of every batch size, and the bits of the first matrix's results at each. */
-  async run(variant: Partial<Variant>): Promise<{ microseconds: number[]; bits: Uint32Array }> {
+  /** Runs every batch size. */
+  async run(choice: DecodeChoice): Promise<Runs> {
     const linears: Linear[] = [];
     try {
-      for (const matrix of this.#matrices) linears.push(await this.#bind(matrix, variant));
-      const microseconds: number[] = [];
-      const results: Uint32Array[] = [];
+      for (const matrix of this.#matrices) linears.push(await this.#bind(matrix, choice));
+      const runs: Runs = new Map();
       for (const rows of this.#batches) {
         const shape: StepShape = { decodeRows: rows, rows, outputs: 0, contextTokens: 1 };
         this.#gpu.write(this.#step, 0, stepWords(shape));
         const all = (pass: GPUComputePassEncoder) =>
           linears.forEach((linear) => linear.encode(pass, shape, "decode"));
-        microseconds.push(await this.#timer.median(all) / linears.length);
-        results.push(await this.#results(linears[0], shape));
+        const microseconds = await this.#timer.median(all) / linears.length;
+        runs.set(rows, { microseconds, bits: await this.#results(linears[0], shape) });
       }
-      const bits = new Uint32Array(results.reduce((sum, { length }) => sum + length, 0));
-      results.reduce((at, words) => (bits.set(words, at), at + words.length), 0);
-      return { microseconds, bits };
+      return runs;
     } finally {
       linears.forEach((linear) => linear.destroy());
     }
@@ -179,7 +208,7 @@ class TuningBench {
     for (const buffer of [this.#input, this.#output, this.#scratch, this.#step]) buffer.destroy();
   }
 
-  #bind(matrix: Matrix, variant: Partial<Variant>): Promise<Linear> {
+  #bind(matrix: Matrix, decode: DecodeChoice): Promise<Linear> {
     return createLinear({
       gpu: this.#gpu,
       label: "tuning",
@@ -192,7 +221,7 @@ class TuningBench {
       scratch: this.#scratch,
       ranges: ["decode"],
       profile: { version: 0, decode: this.#decode },
-      variant,
+      variant: { decode },
     });
   }
 

@@ -10,15 +10,19 @@ Deno.test("tuning keeps to variants that run and give the default's bits", async
   try {
     if (!gpu.timestamps) return;
     const matrix = await syntheticCodes(gpu, "w", [256, 256], 256, FORMAT, 1);
-    const tooMany = { codeThreads: 4096 };
+    const impossible = { codeThreads: -1 };
     const { variant, trials } = await tuneLinear(gpu, [matrix, matrix], "codegemm", [
       { turnK: 32 },
-      tooMany,
+      impossible,
     ]);
-    assertEquals(trials.map(({ variant }) => variant), [{}, { turnK: 32 }, tooMany]);
-    assert(trials[1].microseconds!.every((us) => us > 0), "another turn gives the same bits");
-    assertEquals(trials[2].microseconds, null);
-    assert(variant !== tooMany);
+    assertEquals(trials.map(({ choice }) => choice), [{}, { turnK: 32 }, impossible]);
+    const batches = [...trials[0].microseconds.keys()];
+    assertEquals([...trials[1].microseconds.keys()], batches, "another turn gives the same bits");
+    assert([...trials[1].microseconds.values()].every((us) => us > 0));
+    assertEquals(trials[2].microseconds.size, 0);
+    for (const choice of Object.values(variant.byBatch ?? {})) {
+      assertEquals(choice, { turnK: 32 });
+    }
     matrix.destroy();
     gpu.check();
   } finally {

@@ -21,7 +21,7 @@ import { dequantizeKernelWgsl } from "./dequantize_wgsl.ts";
 import { reduceColumns, reduceWgsl } from "./reduce_wgsl.ts";
 import type { LinearOptions, Matrix } from "./types.ts";
 import type { Variant } from "./variant.ts";
-import { codeThreads, decodeFamily, familyBatches } from "./variant.ts";
+import { choiceOf, codeThreads, decodeFamily, familyBatches } from "./variant.ts";
 import type { Batch, Target } from "./wgsl.ts";
 
 const CODE_BINDINGS = ["uniform", "uniform", "read", "read", "read", "read", "write"] as const;
@@ -219,10 +219,11 @@ export function decodeCode(
   }
   invariant(format !== null, "a code order has a format");
   const family = decodeFamily(format, profile);
+  const choice = choiceOf(variant, batch);
   const maxThreads = limits.maxComputeInvocationsPerWorkgroup;
   if (family === "dequantize" && isVectorInput(options)) {
     const room = { members: members.map(({ n }) => n), maxThreads, workgroupBytes };
-    const kernel = dequantizeKernel(format, order, batch, variant, room);
+    const kernel = dequantizeKernel(format, order, batch, { ...variant, ...choice }, room);
     if (kernel !== null) {
       const target = holdsWholeSums(kernel) ? whole : "partial";
       return {
@@ -233,17 +234,17 @@ export function decodeCode(
     }
   }
   const { splits } = layerSplits(options);
-  const { threads, perThread } = codeThreads(order, family, batch, variant, maxThreads);
+  const { threads, perThread } = codeThreads(order, family, batch, choice, maxThreads);
   const vectorInput = isVectorInput(options) && format.v % 4 === 0;
   const kernel: CodeKernel = {
     family,
     format,
     order,
     threads,
-    turnPositions: turnPositions(order, format, variant.turnK ?? TURN_K),
+    turnPositions: turnPositions(order, format, choice.turnK ?? TURN_K),
     unroll: variant.unroll && (family === "codegemm" || format.v % 4 === 0),
     rowsPerThread: perThread,
-    prefetch: variant.prefetch ?? false,
+    prefetch: choice.prefetch ?? false,
     vectorInput,
     batch,
     workgroupBytes,

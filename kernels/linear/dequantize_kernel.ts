@@ -7,7 +7,7 @@ import { type CodeGemmFormat, codesPerWord } from "../../shared/model_config.ts"
 import { hasPackedDot } from "./code_words_wgsl.ts";
 import type { CodeOrder } from "./order.ts";
 import { gcd, largestDivisor, lcm } from "./order.ts";
-import type { Variant } from "./variant.ts";
+import type { DecodeChoice, Variant } from "./variant.ts";
 import type { Batch } from "./wgsl.ts";
 
 /** One kernel. Nothing but format and order decides a bit of its result. */
@@ -43,6 +43,8 @@ const SPLIT_BATCH = 4;
 const LOCAL_K = 1024;
 /** Fewer splits than this come from many rows of N: then a thread can hold more of them. */
 const FEW_SPLITS = 8;
+/** N from which on they fill a large GPU even so. */
+const TALL_N = 50_000;
 /** Threads along N of one split below which loads of code words are too short. */
 const MIN_LANES = 8;
 
@@ -91,13 +93,15 @@ export function dequantizeKernel(
   format: CodeGemmFormat,
   order: CodeOrder,
   batch: Batch,
-  variant: Variant,
+  variant: Pick<Variant, "unroll"> & DecodeChoice,
   room: KernelRoom,
 ): DequantizeKernel | null {
   if (!variant.unroll || format.b !== 8 || format.v % 4 !== 0) return null;
   const { splits } = order.dequantize;
   const whole = batch < SPLIT_BATCH && splits * MIN_LANES <= room.maxThreads;
-  const shape = whole ? wholeShape(order, variant, room) : splitShape(format, order, batch, room);
+  const shape = whole
+    ? wholeShape(order, variant, room)
+    : splitShape(format, order, batch, variant, room);
   const turnK = variant.turnK ?? (batch === 1 ? 128 : whole || batch === 8 ? 64 : 32);
   const kernel: DequantizeKernel = {
     format,
@@ -114,22 +118,32 @@ export function dequantizeKernel(
 }
 
 /** All splits in one workgroup. */
-function wholeShape(order: CodeOrder, variant: Variant, room: KernelRoom) {
+function wholeShape(order: CodeOrder, variant: DecodeChoice, room: KernelRoom) {
   const { splits } = order.dequantize;
-  const few = splits <= FEW_SPLITS;
-  const rowsPerThread = variant.codeRowsPerThread === 4 || !few ? 4 : 8;
-  const wanted = variant.codeThreads ?? 512;
+  const rows = room.members.reduce((sum, n) => sum + n, 0);
+  const tall = splits <= FEW_SPLITS && rows >= TALL_N;
+  const rowsPerThread = variant.codeRowsPerThread === 4 || !tall ? 4 : 8;
+  // 448 threads cut the N of Llama's gate and up evenly for 132 multiprocessors.
+  const wanted = variant.codeThreads ?? (splits <= FEW_SPLITS ? 448 : 512);
   const most = Math.floor(Math.min(wanted, room.maxThreads) / splits);
   const lanes = Math.max(MIN_LANES, most - most % MIN_LANES);
   return { splits, rowsPerThread, lanes: lanesOf(order, room, rowsPerThread, lanes) };
 }
 
 /** As many splits as their activations allow. */
-function splitShape(format: CodeGemmFormat, order: CodeOrder, batch: Batch, room: KernelRoom) {
-  const threads = Math.min(batch === 8 ? 256 : 512, room.maxThreads);
+function splitShape(
+  format: CodeGemmFormat,
+  order: CodeOrder,
+  batch: Batch,
+  variant: DecodeChoice,
+  room: KernelRoom,
+) {
+  const threads = Math.min(variant.codeThreads ?? (batch === 8 ? 256 : 512), room.maxThreads);
   const most = Math.max(1, Math.floor(LOCAL_K / (splitPositions(order) * format.v)));
   const splits = largestDivisor(order.dequantize.splits, most, 1);
-  return { splits, rowsPerThread: 4, lanes: lanesOf(order, room, 4, Math.floor(threads / splits)) };
+  const rowsPerThread = variant.codeRowsPerThread === 8 ? 8 : 4;
+  const lanes = lanesOf(order, room, rowsPerThread, Math.floor(threads / splits));
+  return { splits, rowsPerThread, lanes };
 }
 
 /** A workgroup's rows of N belong to one matrix of a stack, which has one set of codebooks. */

@@ -182,7 +182,7 @@ Deno.test("CodeGEMM linear layers equal their references at the adapter's limits
 
 Deno.test("unrolled CodeGEMM kernels, as GPUs run them, equal their references", () =>
   withGpu(async (gpu) => {
-    const variant = { unroll: true, turnK: 16 };
+    const variant = { unroll: true, decode: { turnK: 16 } };
     const kinds = ["codegemm", "dequantize"] as const;
     await comparesWithReferences(gpu, [260, 384], "m1v4g128", variant, [...kinds]);
     await comparesWithReferences(gpu, [70, 72], "m2v6g12", variant, [...kinds]);
@@ -246,9 +246,9 @@ Deno.test("a row's bits do not depend on its company, its place, the batch or th
         const tile = { rows: 16, columns: 32, patchRows: 4, patchColumns: 2 };
         assertEquals(await run(0, rows, 0, { prefillTiles: [tile] }), prefilled);
         const variants: Partial<Variant>[] = [
-          { batches: [1], turnK: 16 },
+          { batches: [1], decode: { turnK: 16 } },
           { batches: [2] },
-          { batches: [4], turnK: 32 },
+          { batches: [4], byBatch: { 4: { turnK: 32 } } },
           {
             prefillTiles: [{
               rows: 16,
@@ -260,8 +260,8 @@ Deno.test("a row's bits do not depend on its company, its place, the batch or th
         ];
         if (text !== "dense") {
           variants.push(
-            { batches: [2], unroll: true, turnK: 16 },
-            { batches: [4], unroll: true, turnK: 16, prefetch: true },
+            { batches: [2], unroll: true, decode: { turnK: 16 } },
+            { batches: [4], unroll: true, decode: { turnK: 16, prefetch: true } },
           );
         }
         for (const variant of variants) {
@@ -291,7 +291,7 @@ Deno.test("straight kernels, as GPUs run them, give a row the same bits in every
             shape: stepShape(rows),
             ranges: ["decode"],
             profile,
-            variant: { ...defaultVariant(false), turnK: 32, batches },
+            variant: { ...defaultVariant(false), decode: { turnK: 32 }, batches },
           });
         const alone = new Uint32Array((await run([1])).buffer);
         assertEquals(alone.length, rows * n);

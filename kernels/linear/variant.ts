@@ -9,13 +9,8 @@ import { type CodeOrder, largestDivisor } from "./order.ts";
 import type { PrefillTile } from "./prefill_tile.ts";
 import type { Batch } from "./wgsl.ts";
 
-/** A choice of kernel shapes for one linear layer. */
-export interface Variant {
-  /**
-   * Rows that a decode workgroup takes at once, rising: a step takes the smallest that holds its
-   * rows, else the largest, repeatedly. Those that do not fit into workgroup memory are left out.
-   */
-  batches: readonly Batch[];
+/** The shape of a CodeGEMM decode kernel; what is left out suits family and batch. */
+export interface DecodeChoice {
   /**
    * K that a CodeGEMM decode kernel takes at a turn. Compilers that reassociate sums (Mesa's do) may
    * round straight code of another length differently: autotuning compares the bits.
@@ -25,16 +20,33 @@ export interface Variant {
   turnK?: number;
   /** Rows of N that a thread of a CodeGEMM decode kernel holds; by default as many as fit 256 threads. */
   codeRowsPerThread?: 4 | 8 | 16;
-  /** Threads of a CodeGEMM decode workgroup; by default as many as cover a row block. */
+  /** Most threads of a workgroup. */
   codeThreads?: number;
   /** CodeGEMM decode kernels load their code words a turn ahead; by default where it pays. */
   prefetch?: boolean;
+}
+
+/** A choice of kernel shapes for one linear layer. */
+export interface Variant {
+  /**
+   * Rows that a decode workgroup takes at once, rising: a step takes the smallest that holds its
+   * rows, else the largest, repeatedly. Those that do not fit into workgroup memory are left out.
+   */
+  batches: readonly Batch[];
+  /** Decode kernels of CodeGEMM matrices: all of them, and those of one batch beside or instead. */
+  decode?: DecodeChoice;
+  byBatch?: Readonly<Partial<Record<Batch, DecodeChoice>>>;
   /** Straight code in place of loops: faster on a GPU, many seconds to compile for a CPU. */
   unroll: boolean;
   /** Rows of N that a thread of a dense decode kernel holds. */
   denseRowsPerThread: 1 | 2 | 4;
-  /** Prefill tiles by rising rows: a step takes the smallest that holds its rows, else the largest. */
+  /** By rising rows: a step takes the first tile that is for as many rows as it has, else the last. */
   prefillTiles: readonly PrefillTile[];
+}
+
+/** What a variant says of one batch. */
+export function choiceOf({ decode, byBatch }: Variant, batch: Batch): DecodeChoice {
+  return { ...decode, ...byBatch?.[batch] };
 }
 
 /** The variant of an adapter until autotuning says better. */
@@ -86,13 +98,12 @@ export function codeThreads(
   order: CodeOrder,
   family: NumericsProfile["decode"],
   batch: Batch,
-  variant: Variant,
+  variant: DecodeChoice,
   maxThreads: number,
 ): { threads: number; perThread: number } {
   const tall = family === "codegemm" && order.rowBlock >= 1024;
   const perThread = variant.codeRowsPerThread ?? (tall ? 8 : 4);
-  const wanted = family === "codegemm" || batch === 8 ? 256 : 512;
-  const most = Math.min(wanted, maxThreads);
-  const threads = variant.codeThreads ?? largestDivisor(order.rowBlock / perThread, most, 1);
+  const wanted = variant.codeThreads ?? (family === "codegemm" || batch === 8 ? 256 : 512);
+  const threads = largestDivisor(order.rowBlock / perThread, Math.min(wanted, maxThreads), 1);
   return { threads, perThread };
 }
