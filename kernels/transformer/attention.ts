@@ -4,7 +4,7 @@
  * @module
  */
 import type { Gpu } from "../gpu.ts";
-import type { Kernel } from "../kernel.ts";
+import type { Kernel, StepShape } from "../kernel.ts";
 import { prefillWgsl } from "./attention_wgsl.ts";
 import { decodeSplitWgsl, headTile, SPLIT_TOKENS } from "./decode_attention_wgsl.ts";
 import { decodeJoinWgsl } from "./decode_join_wgsl.ts";
@@ -36,30 +36,35 @@ export interface DecodeAttentionOptions extends AttentionOptions {
 /** Scratch bytes that decode attention aims to stay under; one row's partials are the least. */
 const SCRATCH_BYTES = 32 * 2 ** 20;
 
-/** How decode rows are cut into batches that share one scratch buffer. */
+/**
+ * Room for the partial results of decode rows. A step's rows are cut into batches of as many as have
+ * room at the step's longest context.
+ */
 export interface DecodeScratch {
-  /** float32 partial results of {@linkcode batchRows} rows. */
+  /** float32. */
   partials: GPUBuffer;
-  batchRows: number;
-  /** Splits of the longest context. */
-  splits: number;
-  /** Per batch: its first row and {@linkcode splits}. */
+  /** Rows times splits that there is room for: at least one row of the longest context. */
+  rowSplits: number;
+  /** Per batch of a step: its index, and {@linkcode rowSplits}. */
   batches: GPUBuffer[];
   /** Bytes on the GPU. */
   bytes: number;
 }
 
-/** Bytes of a {@linkcode DecodeScratch}'s partials, and its rows. */
+const splitsOf = (contextTokens: number) => Math.ceil(Math.max(1, contextTokens) / SPLIT_TOKENS);
+
+/** Bytes of a {@linkcode DecodeScratch}'s partials, its room, and the most batches of a step. */
 export function decodeScratchSize(
   shape: HeadShape,
   limits: { maxRows: number; contextTokens: number },
   scratchBytes = SCRATCH_BYTES,
-): { bytes: number; batchRows: number; splits: number } {
-  const splits = Math.ceil(limits.contextTokens / SPLIT_TOKENS);
-  const bytesPerRow = shape.heads * splits * (4 + shape.paddedDim) * 4;
-  const fit = Math.max(1, Math.floor(scratchBytes / bytesPerRow));
-  const batchRows = Math.min(limits.maxRows, fit);
-  return { bytes: batchRows * bytesPerRow, batchRows, splits };
+): { bytes: number; rowSplits: number; batches: number } {
+  const splits = splitsOf(limits.contextTokens);
+  const splitBytes = shape.heads * (4 + shape.paddedDim) * 4;
+  const fit = Math.max(1, Math.floor(scratchBytes / (splits * splitBytes)));
+  const rows = Math.min(limits.maxRows, fit);
+  const rowSplits = rows * splits;
+  return { bytes: rowSplits * splitBytes, rowSplits, batches: Math.ceil(limits.maxRows / rows) };
 }
 
 /**
@@ -73,17 +78,16 @@ export function createDecodeScratch(
   limits: { maxRows: number; contextTokens: number },
   scratchBytes = SCRATCH_BYTES,
 ): DecodeScratch {
-  const { bytes, batchRows, splits } = decodeScratchSize(shape, limits, scratchBytes);
-  const batches: GPUBuffer[] = [];
-  for (let first = 0; first < limits.maxRows; first += batchRows) {
+  const size = decodeScratchSize(shape, limits, scratchBytes);
+  const batches = Array.from({ length: size.batches }, (_, index) => {
     const usage = GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST;
     const batch = gpu.buffer("attention batch", 16, usage);
-    gpu.write(batch, 0, Uint32Array.of(first, splits));
-    batches.push(batch);
-  }
-  const partials = gpu.storage("attention partials", bytes);
-  const allBytes = batches.reduce((sum, batch) => sum + batch.size, partials.size);
-  return { partials, batchRows, splits, batches, bytes: allBytes };
+    gpu.write(batch, 0, Uint32Array.of(index, size.rowSplits));
+    return batch;
+  });
+  const partials = gpu.storage("attention partials", size.bytes);
+  const bytes = batches.reduce((sum, batch) => sum + batch.size, partials.size);
+  return { partials, rowSplits: size.rowSplits, batches, bytes };
 }
 
 /** Frees a scratch; idempotent. */
@@ -113,25 +117,36 @@ export function createDecodeBatches(
   const { gpu, inputs, shape, qkv, keys, values, attended, scratch } = options;
   const headTiles = shape.kvHeads * Math.ceil(shape.group / headTile(shape));
   return Promise.all(scratch.batches.map(async (batch, index) => {
-    const rowsOf = (decodeRows: number) =>
-      Math.max(0, Math.min(scratch.batchRows, decodeRows - index * scratch.batchRows));
+    const rowsOf = ({ decodeRows, contextTokens }: StepShape) => {
+      const most = Math.floor(scratch.rowSplits / splitsOf(contextTokens));
+      return Math.max(0, Math.min(most, decodeRows - index * most));
+    };
     const split = await Dispatch.create({
       gpu,
       label: "decode attention, splits",
       code: decodeSplitWgsl(shape, options.valuesAhead),
-      buffers: [batch, inputs.rows, inputs.pageTables, qkv, keys, values, scratch.partials],
+      buffers: [
+        inputs.step,
+        batch,
+        inputs.rows,
+        inputs.pageTables,
+        qkv,
+        keys,
+        values,
+        scratch.partials,
+      ],
       workgroups: (step) => [
-        Math.ceil(step.contextTokens / SPLIT_TOKENS),
+        splitsOf(step.contextTokens),
         headTiles,
-        rowsOf(step.decodeRows),
+        rowsOf(step),
       ],
     });
     const join = await Dispatch.create({
       gpu,
       label: "decode attention, join",
       code: decodeJoinWgsl(shape),
-      buffers: [batch, inputs.rows, scratch.partials, attended],
-      workgroups: (step) => [shape.heads, rowsOf(step.decodeRows)],
+      buffers: [inputs.step, batch, inputs.rows, scratch.partials, attended],
+      workgroups: (step) => [shape.heads, rowsOf(step)],
     });
     return { split, join };
   }));

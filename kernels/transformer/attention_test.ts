@@ -2,6 +2,7 @@ import { assert, assertAlmostEquals, assertEquals } from "@std/assert";
 import type { StepBatch } from "../../shared/frames.ts";
 import { gaussian, randomInt, seededRandom } from "../../shared/random.ts";
 import { Gpu } from "../gpu.ts";
+import { stepWords } from "../kernel.ts";
 import { createDecodeAttention, createDecodeScratch, createPrefillAttention } from "./attention.ts";
 import { tileRows } from "./attention_wgsl.ts";
 import { SPLIT_TOKENS } from "./decode_attention_wgsl.ts";
@@ -199,10 +200,14 @@ Deno.test("attention over several splits agrees with the reference, with any scr
         prefilled = new Uint16Array(await run(batchOf(sequences, span(0, at, at + 40), 0)));
       }
       assertClose(prefilled.subarray(39 * 64), rig.expected(0, last - 1), "prefill");
-      decodes.push(await run(batchOf(sequences, [[0, last], [1, 0], [0, last + 1]], 3)));
+      const long = await run(batchOf(sequences, [[0, last], [1, 0], [0, last + 1]], 3));
+      // Of shorter contexts, more rows share a batch.
+      const short = Array.from({ length: 18 }, (_, i): [number, number] => [0, 120 - 7 * i]);
+      decodes.push(Uint16Array.of(...long, ...await run(batchOf(sequences, short, 18))));
     }
     assertClose(decodes[0].subarray(0, 64), rig.expected(0, last), "decode");
     assertClose(decodes[0].subarray(64, 128), rig.expected(1, 0), "decode of a first position");
+    assertClose(decodes[0].subarray(-64), rig.expected(0, 1), "decode of a short context");
     assertEquals(decodes[1], decodes[0]);
   }));
 
@@ -247,19 +252,31 @@ Deno.test("splits are joined whatever their number, past which anything may lie"
       }
     }
     const rows = Uint32Array.from(counts.flatMap((count) => [0, count * SPLIT_TOKENS - 1, 0, 0]));
-    const batch = gpu.buffer("batch", 16, GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST);
-    gpu.write(batch, 0, Uint32Array.of(0, splits));
+    const shapeOfStep = {
+      decodeRows: counts.length,
+      rows: counts.length,
+      outputs: 0,
+      contextTokens: splits * SPLIT_TOKENS,
+    };
+    const uniform = (words: Uint32Array<ArrayBuffer>) => {
+      const usage = GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST;
+      const buffer = gpu.buffer("uniform", 16, usage);
+      gpu.write(buffer, 0, words);
+      return buffer;
+    };
+    const step = uniform(stepWords(shapeOfStep));
+    const batch = uniform(Uint32Array.of(0, counts.length * splits));
     const attended = gpu.storage("attended", expected.length * 2);
     const join = await Dispatch.create({
       gpu,
       label: "join",
       code: decodeJoinWgsl(shape),
-      buffers: [batch, gpu.upload("rows", rows), gpu.upload("partials", partials), attended],
+      buffers: [step, batch, gpu.upload("rows", rows), gpu.upload("partials", partials), attended],
       workgroups: () => [shape.heads, counts.length],
     });
     const encoder = gpu.device.createCommandEncoder();
     const pass = encoder.beginComputePass();
-    join.encode(pass, { decodeRows: 0, rows: 0, outputs: 0, contextTokens: 0 });
+    join.encode(pass, shapeOfStep);
     pass.end();
     gpu.device.queue.submit([encoder.finish()]);
     assertClose(new Uint16Array(await gpu.read(attended, expected.length * 2)), expected, "joined");

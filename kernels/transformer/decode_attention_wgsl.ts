@@ -84,6 +84,35 @@ export function headTile(shape: HeadShape): number {
   return tiling(shape).heads;
 }
 
+/**
+ * Decode rows run in batches of as many as have room for their partial results, at the step's longest
+ * context.
+ */
+export const BATCH_WGSL = /* wgsl */ `
+const SPLIT = ${SPLIT_TOKENS}u;
+
+struct Batch {
+  index: u32,
+  row_splits: u32, // rows times splits that there is room for
+}
+
+@group(0) @binding(0) var<uniform> step: Step;
+@group(0) @binding(1) var<uniform> batch: Batch;
+
+// Splits of the longest context: the stride of partials.
+fn batch_splits() -> u32 {
+  return (step.context_tokens + SPLIT - 1u) / SPLIT;
+}
+
+fn batch_first_row() -> u32 {
+  // The first batch, often the only one, spares the division.
+  if (batch.index == 0u) {
+    return 0u;
+  }
+  return batch.index * (batch.row_splits / batch_splits());
+}
+`;
+
 /** A vector of `n` float32, and its components. */
 const vector = (n: number) => n === 1 ? "f32" : `vec${n}<f32>`;
 const component = (n: number, i: number) => n === 1 ? "" : `.${"xyzw"[i]}`;
@@ -119,22 +148,16 @@ export function decodeSplitWgsl(shape: HeadShape, valuesAhead = true): string {
 ${headConstants(shape)}
 const TILE = ${heads}u;
 const TILES = ${Math.ceil(shape.group / heads)}u;
-const SPLIT = ${SPLIT_TOKENS}u;
 const LANES = ${LANES}u;
 
-struct Batch {
-  first_row: u32,
-  splits: u32, // of the longest context: the stride of partials
-}
-
-@group(0) @binding(0) var<uniform> batch: Batch;
-@group(0) @binding(1) var<storage, read> rows: array<Row>;
-@group(0) @binding(2) var<storage, read> page_tables: array<u32>;
-@group(0) @binding(3) var<storage, read> qkv: array<Query>;
-@group(0) @binding(4) var<storage, read> keys: array<vec4<f16>>;
-@group(0) @binding(5) var<storage, read> values: array<vec4<f16>>;
+${BATCH_WGSL}
+@group(0) @binding(2) var<storage, read> rows: array<Row>;
+@group(0) @binding(3) var<storage, read> page_tables: array<u32>;
+@group(0) @binding(4) var<storage, read> qkv: array<Query>;
+@group(0) @binding(5) var<storage, read> keys: array<vec4<f16>>;
+@group(0) @binding(6) var<storage, read> values: array<vec4<f16>>;
 // (rows of the batch, heads, splits, 1 + QUADS): maximum and sum, then the weighted values.
-@group(0) @binding(6) var<storage, read_write> partials: array<vec4<f32>>;
+@group(0) @binding(7) var<storage, read_write> partials: array<vec4<f32>>;
 
 // (sets, heads of a set, parts, quads of a part); once scores are summed, maxima.
 var<workgroup> queries: array<array<array<array<vec4<f32>, ${scores.partQuads}>, ${scores.parts}>, ${scores.setHeads}>, ${scores.sets}>;
@@ -155,7 +178,7 @@ fn main(
   @builtin(workgroup_id) workgroup: vec3<u32>,
   @builtin(local_invocation_index) lane: u32,
 ) {
-  let row_index = batch.first_row + workgroup.z;
+  let row_index = batch_first_row() + workgroup.z;
   let kv_head = workgroup.y / TILES;
   let first_in_group = (workgroup.y % TILES) * TILE;
   let first_head = kv_head * GROUP + first_in_group;
@@ -345,7 +368,7 @@ fn main(
 }
 
 fn partial_index(workgroup: vec3<u32>, head: u32) -> u32 {
-  return ((workgroup.z * HEADS + head) * batch.splits + workgroup.x) * (1u + QUADS);
+  return ((workgroup.z * HEADS + head) * batch_splits() + workgroup.x) * (1u + QUADS);
 }
 `,
   );

@@ -4,7 +4,7 @@
  * @module
  */
 import { times } from "./attention_wgsl.ts";
-import { SPLIT_TOKENS } from "./decode_attention_wgsl.ts";
+import { BATCH_WGSL } from "./decode_attention_wgsl.ts";
 import { transformerWgsl } from "./inputs.ts";
 import type { HeadShape } from "./kv_layout.ts";
 
@@ -18,9 +18,10 @@ function joinParts(quads: number): number {
 }
 
 /**
- * The kernel's code; dispatched over (heads, rows). Each part takes every so many splits, in order, with a
- * running softmax (Milakov and Gimelshein 2018); then the parts are joined, in order. The first splits
- * are asked for before the row says how many there are: what lies past the last one weighs nothing.
+ * The kernel's code; dispatched over (heads, rows). Each part takes every so many splits, in order,
+ * with a running softmax (Milakov and Gimelshein 2018); then the parts are joined, in order. The first
+ * splits are asked for before the row says how many there are: what lies past the last one weighs
+ * nothing.
  */
 export function decodeJoinWgsl(shape: HeadShape): string {
   const quads = shape.paddedDim / 4;
@@ -31,19 +32,13 @@ const HEADS = ${shape.heads}u;
 const HEAD_DIM = ${shape.headDim}u;
 const QUADS = ${quads}u;
 const PARTS = ${parts}u;
-const SPLIT = ${SPLIT_TOKENS}u;
 const LOWEST = -3.0e38f;
 
-struct Batch {
-  first_row: u32,
-  splits: u32,
-}
-
-@group(0) @binding(0) var<uniform> batch: Batch;
-@group(0) @binding(1) var<storage, read> rows: array<Row>;
-@group(0) @binding(2) var<storage, read> partials: array<vec4<f32>>;
+${BATCH_WGSL}
+@group(0) @binding(2) var<storage, read> rows: array<Row>;
+@group(0) @binding(3) var<storage, read> partials: array<vec4<f32>>;
 // (rows, HEADS, HEAD_DIM)
-@group(0) @binding(3) var<storage, read_write> attended: array<${whole ? "vec4<f16>" : "f16"}>;
+@group(0) @binding(4) var<storage, read_write> attended: array<${whole ? "vec4<f16>" : "f16"}>;
 
 var<workgroup> part_softmax: array<vec2<f32>, PARTS>; // maximum and sum
 var<workgroup> part_weighted: array<array<vec4<f32>, QUADS>, PARTS>;
@@ -56,9 +51,10 @@ fn main(
   let head = workgroup.x;
   let quad = lane % QUADS;
   let part = lane / QUADS;
-  let row = batch.first_row + workgroup.y;
+  let row = batch_first_row() + workgroup.y;
   let splits = rows[row].position / SPLIT + 1u;
-  let base = (workgroup.y * HEADS + head) * batch.splits;
+  let stride = batch_splits();
+  let base = (workgroup.y * HEADS + head) * stride;
   var maximum = LOWEST;
   var sum = 0.0;
   var weighted = vec4<f32>();
@@ -66,7 +62,7 @@ fn main(
   loop {
     ${
     times(AHEAD, (u) =>
-      `let at${u} = (base + min(split + ${u * parts}u, batch.splits - 1u)) * (1u + QUADS);
+      `let at${u} = (base + min(split + ${u * parts}u, stride - 1u)) * (1u + QUADS);
     let softmax${u} = partials[at${u}].xy;
     let value${u} = partials[at${u} + 1u + quad];`)
   }
