@@ -1,10 +1,12 @@
 /**
  * The kernels of a layer at the shapes of Llama 3: GPU time by timestamp queries. Linear kernels with
  * weights rotated past the cache, partial sums and their reduction included, beside what reading alone
- * costs on this GPU; or, with `--transformer`, all that stands between them.
+ * costs on this GPU; or, with `--transformer`, all that stands between them; or, with `--tiles`, every
+ * tile that prefill kernels could have.
  *
  *     deno task bench kernels --shape llama-3-70b --format m1v4g128 --rows 1,2,4,8,16,32
  *     deno task bench kernels --shape llama-3-70b --transformer --rows 1,8,32 --contexts 1024,8192
+ *     deno task bench kernels --shape llama-3-70b --tiles --format m1v4g128 --prefill-rows 32,256
  *
  * @module
  */
@@ -23,6 +25,7 @@ import { parseFormatName } from "../shared/checkpoint/mod.ts";
 import { FleetError } from "../shared/errors.ts";
 import { parseFlags, runCommand } from "../shared/flags.ts";
 import type { CodeGemmFormat } from "../shared/model_config.ts";
+import { printTiles, type TileTime, timeTiles } from "./prefill_tiles.ts";
 import { benchTransformer, type TransformerMeasurement } from "./transformer_kernels.ts";
 
 /** What runs as one dispatch: matrices of one input, stacked. */
@@ -57,6 +60,8 @@ type Family = typeof FAMILIES[number];
 
 /** GPU work ahead of each figure. */
 const BUSY_MS = 60;
+/** The same where very many are compared. */
+const TILE_BUSY_MS = 15;
 
 /** One cell of the table. */
 interface Measurement {
@@ -203,6 +208,26 @@ function printTable(format: string, matrices: BenchMatrix[], measured: Measureme
   }
 }
 
+/** Times the prefill tiles on a layer's matrices. */
+async function tilesOfLayer(
+  gpu: Gpu,
+  matrices: BenchMatrix[],
+  format: CodeGemmFormat | null,
+  rowCounts: string,
+): Promise<TileTime[]> {
+  const timer = new PassTimer(gpu, TILE_BUSY_MS);
+  const times: TileTime[] = [];
+  for (const of of matrices) {
+    const [matrix] = await makeCopies(gpu, of, format, 0);
+    for (const rows of rowCounts.split(",").map(Number)) {
+      times.push(...await timeTiles(gpu, timer, matrix, rows));
+    }
+    matrix.destroy();
+  }
+  timer.destroy();
+  return times;
+}
+
 async function main(): Promise<void> {
   const { values } = parseFlags({
     command: "bench kernels",
@@ -223,6 +248,7 @@ async function main(): Promise<void> {
       family: { type: "string", default: FAMILIES.join(), help: "codegemm, dequantize, prefill" },
       rows: { type: "string", default: "1,2,4,8,16,32,64", help: "rows of decode steps" },
       "prefill-rows": { type: "string", default: "32,256", help: "rows of prefill steps" },
+      tiles: { type: "boolean", help: "time the tiles of prefill kernels only, at --prefill-rows" },
       cache: { type: "bytes", help: "rotate weights over this much (400MiB; 0 in software)" },
       software: { type: "boolean", help: "run on the CPU where there is no GPU" },
       out: { type: "path", help: "a file for the figures as JSON" },
@@ -251,8 +277,14 @@ async function main(): Promise<void> {
   }
   const families = FAMILIES.filter((family) => values.family.split(",").includes(family));
   const measurements: Measurement[] = [];
+  const tileTimes: Record<string, TileTime[]> = {};
   for (const name of values.format.split(",")) {
     const format = parseFormat(name);
+    if (values.tiles) {
+      tileTimes[name] = await tilesOfLayer(gpu, matrices, format, values["prefill-rows"]);
+      printTiles(name, tileTimes[name]);
+      continue;
+    }
     for (const matrix of matrices) {
       const copies = await makeCopies(gpu, matrix, format, cacheBytes);
       const [{ n, k, bytes }] = copies;

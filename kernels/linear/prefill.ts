@@ -8,7 +8,7 @@ import type { Gpu } from "../gpu.ts";
 import { bindGroup, isVectorInput, type Uniforms } from "./binding.ts";
 import { hasPackedDot } from "./code_words_wgsl.ts";
 import type { PrefillTile } from "./prefill_tile.ts";
-import { prefillBytes, prefillThreads } from "./prefill_tile.ts";
+import { mostRows, prefillBytes, prefillThreads } from "./prefill_tile.ts";
 import { prefillWgsl } from "./prefill_wgsl.ts";
 import type { LinearOptions, Matrix } from "./types.ts";
 import type { Variant } from "./variant.ts";
@@ -26,7 +26,7 @@ export interface PrefillPlan {
 }
 
 /** The codes of a matrix, as prefill kernels want them; null for dense. */
-function codeOf({ format, order }: Matrix) {
+export function codesOf({ format, order }: Matrix) {
   return order.kind === "code" && format !== null ? { format, order } : null;
 }
 
@@ -36,7 +36,7 @@ export function holdableTiles(
   matrix: Matrix,
   tiles: readonly PrefillTile[],
 ): PrefillTile[] {
-  const code = codeOf(matrix);
+  const code = codesOf(matrix);
   const held = tiles.filter((tile) =>
     prefillThreads(tile) <= limits.maxComputeInvocationsPerWorkgroup &&
     prefillBytes(tile, code) <= limits.maxComputeWorkgroupStorageSize
@@ -54,7 +54,7 @@ export function prefillCode(
 ): string {
   return prefillWgsl({
     tile,
-    code: codeOf(matrix),
+    code: codesOf(matrix),
     k: matrix.k,
     vectorInput: isVectorInput({ input, matrix }),
     unroll,
@@ -95,7 +95,7 @@ export async function planPrefill(
 /** Adds the dispatches of a step's prefill rows. */
 export function encodePrefill(pass: GPUComputePassEncoder, plan: PrefillPlan, rows: number): void {
   if (rows === 0) return;
-  const kernel = plan.kernels.find(({ tile }) => tile.rows >= rows) ?? plan.kernels.at(-1);
+  const kernel = plan.kernels.find(({ tile }) => mostRows(tile) >= rows) ?? plan.kernels.at(-1);
   invariant(kernel !== undefined, "a prefill plan has kernels");
   pass.setPipeline(kernel.pipeline);
   for (const block of plan.blocks) {

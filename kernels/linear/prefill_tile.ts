@@ -24,6 +24,51 @@ export interface PrefillTile {
   copies?: number;
   /** Tiles in workgroup memory: with 2, one is filled while others still compute; by default 1. */
   buffers?: 1 | 2;
+  /** Rows of the largest step that it is for; by default its own. */
+  upTo?: number;
+}
+
+/** Tiles worth trying on a GPU: patches by how many threads hold them, few rows and many. */
+export const PREFILL_TILES: readonly PrefillTile[] = [
+  { rows: 8, columns: 128, patchRows: 4, patchColumns: 2 },
+  { rows: 8, columns: 256, patchRows: 4, patchColumns: 4 },
+  { rows: 8, columns: 128, patchRows: 8, patchColumns: 1, depth: 64 },
+  { rows: 16, columns: 64, patchRows: 4, patchColumns: 2 },
+  { rows: 16, columns: 128, patchRows: 4, patchColumns: 2 },
+  { rows: 16, columns: 128, patchRows: 4, patchColumns: 4 },
+  { rows: 16, columns: 256, patchRows: 4, patchColumns: 4 },
+  { rows: 16, columns: 128, patchRows: 8, patchColumns: 2 },
+  { rows: 32, columns: 64, patchRows: 4, patchColumns: 4 },
+  { rows: 32, columns: 128, patchRows: 4, patchColumns: 4 },
+  { rows: 32, columns: 128, patchRows: 4, patchColumns: 4, buffers: 2 },
+  { rows: 32, columns: 128, patchRows: 4, patchColumns: 4, depth: 64 },
+  { rows: 32, columns: 128, patchRows: 8, patchColumns: 4 },
+  { rows: 32, columns: 128, patchRows: 8, patchColumns: 4, buffers: 2 },
+  { rows: 32, columns: 256, patchRows: 8, patchColumns: 4, buffers: 2 },
+  { rows: 64, columns: 64, patchRows: 4, patchColumns: 4, buffers: 2 },
+  { rows: 64, columns: 64, patchRows: 8, patchColumns: 4, buffers: 2 },
+  { rows: 64, columns: 128, patchRows: 4, patchColumns: 4 },
+  { rows: 64, columns: 128, patchRows: 8, patchColumns: 4 },
+  { rows: 64, columns: 128, patchRows: 8, patchColumns: 4, buffers: 2 },
+  { rows: 64, columns: 128, patchRows: 8, patchColumns: 4, depth: 16, buffers: 2 },
+  { rows: 64, columns: 128, patchRows: 8, patchColumns: 8 },
+  { rows: 64, columns: 128, patchRows: 8, patchColumns: 8, buffers: 2 },
+  { rows: 64, columns: 256, patchRows: 8, patchColumns: 8 },
+  { rows: 128, columns: 64, patchRows: 8, patchColumns: 4, buffers: 2 },
+  { rows: 128, columns: 128, patchRows: 8, patchColumns: 4 },
+  { rows: 128, columns: 128, patchRows: 8, patchColumns: 8 },
+  { rows: 128, columns: 128, patchRows: 8, patchColumns: 8, buffers: 2 },
+];
+
+/** The most rows that a tile is for. */
+export function mostRows({ upTo, rows }: PrefillTile): number {
+  return upTo ?? rows;
+}
+
+/** `64x128 8x4 K32 b2`: a tile in a table. */
+export function tileName(tile: PrefillTile): string {
+  return `${tile.rows}x${tile.columns} ${tile.patchRows}x${tile.patchColumns} ` +
+    `K${tile.depth ?? DEFAULT_DEPTH}${tile.buffers === 2 ? " b2" : ""}`;
 }
 
 /** The codes of a matrix, as far as a prefill kernel depends on them. */
