@@ -4,12 +4,13 @@
  * @module
  */
 import { invariant } from "../../shared/errors.ts";
-import type { CodeGemmFormat } from "../../shared/model_config.ts";
+import { type CodeGemmFormat, matrixFormat } from "../../shared/model_config.ts";
 import type { BindingKind, Gpu } from "../gpu.ts";
 import type { RowRange } from "../kernel.ts";
 import { STEP_BYTES } from "../kernel.ts";
 import type { SplitOrder } from "./order.ts";
 import { codeOrder, decodeSplits, denseOrder, roundUp } from "./order.ts";
+import { type PrefillCode, prefillSplits } from "./prefill_tile.ts";
 import type { LinearOptions, Matrix, MatrixBlock, MatrixShape } from "./types.ts";
 import { decodeFamily } from "./variant.ts";
 import type { Params } from "./wgsl.ts";
@@ -33,6 +34,7 @@ export function linearScratchBytes(
 ): number {
   const row = Math.max(
     partialRowBytes(shape[0], order),
+    prefillRowBytes(shape, format, order),
     order.kind === "code" ? partialRowBytes(shape[0], order.dequantize) : 0,
   );
   if (row === 0) return 16;
@@ -43,6 +45,24 @@ export function linearScratchBytes(
 /** Bytes of one row's partial sums; 0 when it has none. */
 function partialRowBytes(n: number, { splits, rowBlock }: SplitOrder): number {
   return splits === 1 ? 0 : splits * roundUp(n, rowBlock) * 4;
+}
+
+/** The codes of a matrix, as prefill kernels want them; null for dense. */
+export function prefillCodes(
+  { format, order }: Pick<Matrix, "format" | "order">,
+): PrefillCode | null {
+  return order.kind === "code" && format !== null ? { format, order } : null;
+}
+
+/** Bytes of one prefill row's partial sums; 0 when it has none. */
+function prefillRowBytes(
+  shape: MatrixShape,
+  format: CodeGemmFormat | null,
+  order: Matrix["order"],
+): number {
+  const code = prefillCodes({ format: format && matrixFormat(format, shape[1]), order });
+  const { splits } = prefillSplits(shape, code);
+  return partialRowBytes(shape[0], { ...order, splits });
 }
 
 /** How the decode rows of a layer split K. */
@@ -65,6 +85,14 @@ export function chunkRows(options: LinearOptions): number {
   return Math.min(rows - rows % MAX_BATCH, roundUp(maxRows, MAX_BATCH));
 }
 
+/** Rows that a chunk of prefill rows may have. */
+export function prefillChunkRows({ gpu, matrix, scratch, maxRows }: LinearOptions): number {
+  const row = prefillRowBytes([matrix.n, matrix.k], matrix.format, matrix.order);
+  if (row === 0) return Math.max(1, maxRows);
+  const bytes = Math.min(scratch.size, gpu.limits.maxStorageBufferBindingSize);
+  return Math.min(Math.floor(bytes / row), Math.max(1, maxRows));
+}
+
 /** Whether the input can be bound as vectors of 4. */
 export function isVectorInput(
   { input, matrix: { k } }: { input: { stride: number; offset: number }; matrix: { k: number } },
@@ -85,7 +113,11 @@ export class Uniforms {
     this.#options = options;
     this.#stride = roundUp(PARAM_BYTES, gpu.limits.minUniformBufferOffsetAlignment);
     const chunks = Math.ceil(maxRows / chunkRows(options));
-    const entries = ranges.reduce((sum, range) => sum + (range === "prefill" ? 1 : chunks), 0);
+    const prefillChunks = Math.ceil(maxRows / prefillChunkRows(options));
+    const entries = ranges.reduce(
+      (sum, range) => sum + (range === "prefill" ? prefillChunks : chunks),
+      0,
+    );
     const bytes = Math.max(1, entries * matrix.blocks.length) * this.#stride;
     this.#words = new Uint32Array(bytes / 4);
     this.buffer = gpu.buffer(

@@ -9,7 +9,7 @@ import { linearScratchBytes } from "./binding.ts";
 import { createLinear } from "./linear.ts";
 import { loadMatrix } from "./matrix.ts";
 import { DENSE_TILE_K } from "./order.ts";
-import { prefillGroupK } from "./prefill_tile.ts";
+import { prefillGroupK, prefillSplits } from "./prefill_tile.ts";
 import { randomTensors } from "./random_tensors.ts";
 import {
   codegemmProduct,
@@ -63,8 +63,11 @@ async function orderedReference(
   }
   const codes = await readCodeTensors(tensors, "w", shape, of.format!);
   switch (kind) {
-    case "prefill":
-      return codePrefillProduct(codes, prefillGroupK({ format: codes.format, order }), x);
+    case "prefill": {
+      const code = { format: codes.format, order };
+      const sums = { groupK: prefillGroupK(code), ...prefillSplits(shape, code) };
+      return codePrefillProduct(codes, sums, x);
+    }
     case "codegemm":
       return codegemmProduct(codes, order, x);
     case "dequantize":

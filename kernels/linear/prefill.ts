@@ -5,16 +5,24 @@
  */
 import { invariant } from "../../shared/errors.ts";
 import type { Gpu } from "../gpu.ts";
-import { bindGroup, isVectorInput, type Uniforms } from "./binding.ts";
+import {
+  bindGroup,
+  isVectorInput,
+  prefillChunkRows,
+  prefillCodes,
+  type Uniforms,
+} from "./binding.ts";
 import { hasPackedDot } from "./code_words_wgsl.ts";
 import type { PrefillTile } from "./prefill_tile.ts";
-import { mostRows, prefillBytes, prefillThreads } from "./prefill_tile.ts";
+import { mostRows, prefillBytes, prefillSplits, prefillThreads } from "./prefill_tile.ts";
 import { prefillWgsl } from "./prefill_wgsl.ts";
+import { reduceColumns, reduceWgsl } from "./reduce_wgsl.ts";
 import type { LinearOptions, Matrix } from "./types.ts";
 import type { Variant } from "./variant.ts";
 
 const CODE_BINDINGS = ["uniform", "uniform", "read", "write", "read", "read", "read"] as const;
 const DENSE_BINDINGS = ["uniform", "uniform", "read", "write", "read"] as const;
+const REDUCE_BINDINGS = ["uniform", "uniform", "read", "write"] as const;
 
 /** In place of tiles that no workgroup can hold: codes of very many weights have deep ones. */
 const SMALL_TILE: PrefillTile = { rows: 8, columns: 32, patchRows: 2, patchColumns: 2 };
@@ -22,12 +30,13 @@ const SMALL_TILE: PrefillTile = { rows: 8, columns: 32, patchRows: 2, patchColum
 /** Kernels by rising rows of their tiles, and what they are bound to. */
 export interface PrefillPlan {
   kernels: { tile: PrefillTile; pipeline: GPUComputePipeline }[];
-  blocks: { group: GPUBindGroup; n: number }[];
-}
-
-/** The codes of a matrix, as prefill kernels want them; null for dense. */
-export function codesOf({ format, order }: Matrix) {
-  return order.kind === "code" && format !== null ? { format, order } : null;
+  splits: number;
+  /** Puts splits together, where there are several. */
+  reduce: GPUComputePipeline | null;
+  /** Rows of a chunk: what the scratch holds, or all. */
+  chunkRows: number;
+  /** `[chunk][binding block]` */
+  chunks: { main: GPUBindGroup; reduce: GPUBindGroup | null; n: number }[][];
 }
 
 /** The tiles of a list that an adapter can hold for a matrix; a small one if there is none. */
@@ -36,7 +45,7 @@ export function holdableTiles(
   matrix: Matrix,
   tiles: readonly PrefillTile[],
 ): PrefillTile[] {
-  const code = codesOf(matrix);
+  const code = prefillCodes(matrix);
   const held = tiles.filter((tile) =>
     prefillThreads(tile) <= limits.maxComputeInvocationsPerWorkgroup &&
     prefillBytes(tile, code) <= limits.maxComputeWorkgroupStorageSize
@@ -52,9 +61,11 @@ export function prefillCode(
   { unroll }: Pick<Variant, "unroll">,
   tile: PrefillTile,
 ): string {
+  const code = prefillCodes(matrix);
   return prefillWgsl({
     tile,
-    code: codesOf(matrix),
+    code,
+    splits: prefillSplits([matrix.n, matrix.k], code),
     k: matrix.k,
     vectorInput: isVectorInput({ input, matrix }),
     unroll,
@@ -70,39 +81,68 @@ export async function planPrefill(
   variant: Variant,
   uniforms: Uniforms,
 ): Promise<PrefillPlan> {
-  const { gpu, label, matrix, step, input, output, maxRows } = options;
+  const { gpu, label, matrix, step, input, output, scratch, store, maxRows } = options;
   const bindings = matrix.format === null ? DENSE_BINDINGS : CODE_BINDINGS;
+  const { splits } = prefillSplits([matrix.n, matrix.k], prefillCodes(matrix));
+  const direct = splits === 1;
+  const chunkRows = prefillChunkRows(options);
+  invariant(chunkRows >= 1, `the scratch of ${scratch.size} bytes holds a prefill row of ${label}`);
   const kernels: PrefillPlan["kernels"] = [];
   for (const tile of holdableTiles(gpu, matrix, variant.prefillTiles)) {
     const code = prefillCode(options, variant, tile);
     const pipeline = await gpu.pipeline({ label: `${label} prefill`, code, bindings });
     kernels.push({ tile, pipeline });
   }
-  const blocks = matrix.blocks.map((block) => ({
-    n: block.n,
-    group: bindGroup(gpu, `${label} prefill`, bindings, [
-      step,
-      uniforms.add(block, { row_base: 0, row_cap: maxRows, range: "prefill" }),
-      input.buffer,
-      output.buffer,
-      block.weights,
-      ...matrix.format === null ? [] : [matrix.codebooks!, block.scales!],
-    ]),
-  }));
-  return { kernels, blocks };
+  const reduce = direct ? null : await gpu.pipeline({
+    label: `${label} prefill reduce`,
+    code: reduceWgsl({ splits, slices: 1 }, store),
+    bindings: REDUCE_BINDINGS,
+  });
+  const chunks: PrefillPlan["chunks"] = [];
+  for (let base = 0; base < maxRows; base += chunkRows) {
+    chunks.push(matrix.blocks.map((block) => {
+      const at = { row_base: base, row_cap: chunkRows, range: "prefill" } as const;
+      const params = uniforms.add(block, at);
+      return {
+        n: block.n,
+        main: bindGroup(gpu, `${label} prefill`, bindings, [
+          step,
+          params,
+          input.buffer,
+          direct ? output.buffer : scratch,
+          block.weights,
+          ...matrix.format === null ? [] : [matrix.codebooks!, block.scales!],
+        ]),
+        reduce: direct ? null : bindGroup(gpu, `${label} prefill reduce`, REDUCE_BINDINGS, [
+          step,
+          params,
+          scratch,
+          output.buffer,
+        ]),
+      };
+    }));
+  }
+  return { kernels, splits, reduce, chunkRows, chunks };
 }
 
 /** Adds the dispatches of a step's prefill rows. */
 export function encodePrefill(pass: GPUComputePassEncoder, plan: PrefillPlan, rows: number): void {
-  if (rows === 0) return;
-  const kernel = plan.kernels.find(({ tile }) => mostRows(tile) >= rows) ?? plan.kernels.at(-1);
-  invariant(kernel !== undefined, "a prefill plan has kernels");
-  pass.setPipeline(kernel.pipeline);
-  for (const block of plan.blocks) {
-    pass.setBindGroup(0, block.group);
-    pass.dispatchWorkgroups(
-      Math.ceil(block.n / kernel.tile.columns),
-      Math.ceil(rows / kernel.tile.rows),
-    );
+  for (let c = 0, from = 0; from < rows; c++, from += plan.chunkRows) {
+    invariant(c < plan.chunks.length, `a layer was bound for fewer than ${rows} prefill rows`);
+    const count = Math.min(plan.chunkRows, rows - from);
+    const kernel = plan.kernels.find(({ tile }) => mostRows(tile) >= count) ?? plan.kernels.at(-1)!;
+    for (const block of plan.chunks[c]) {
+      pass.setPipeline(kernel.pipeline);
+      pass.setBindGroup(0, block.main);
+      pass.dispatchWorkgroups(
+        Math.ceil(block.n / kernel.tile.columns),
+        Math.ceil(count / kernel.tile.rows),
+        plan.splits,
+      );
+      if (plan.reduce === null) continue;
+      pass.setPipeline(plan.reduce);
+      pass.setBindGroup(0, block.reduce);
+      pass.dispatchWorkgroups(Math.ceil(block.n / reduceColumns(1)), count);
+    }
   }
 }

@@ -4,7 +4,7 @@
  * @module
  */
 import type { LinearStore } from "../kernel.ts";
-import type { PrefillCode, PrefillTile, TileK } from "./prefill_tile.ts";
+import type { PrefillCode, PrefillSplits, PrefillTile, TileK } from "./prefill_tile.ts";
 import { times } from "./wgsl.ts";
 
 /** What a prefill kernel is generated from; `code` is null for dense. */
@@ -13,6 +13,7 @@ export interface PrefillKernel {
   code: PrefillCode | null;
   /** K of the matrix: kernels of whole tiles check less. */
   k: number;
+  splits: PrefillSplits;
   /** K is a multiple of 4, and input rows begin at one: the input is bound as vectors of 4. */
   vectorInput: boolean;
   /** Straight code, and loads a tile ahead. */

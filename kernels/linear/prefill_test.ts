@@ -2,13 +2,15 @@ import { assert, assertEquals } from "@std/assert";
 import { parseFormatName } from "../../shared/checkpoint/mod.ts";
 import { Gpu } from "../gpu.ts";
 import { loadMatrix } from "./matrix.ts";
-import { codesOf } from "./prefill.ts";
+import { linearScratchBytes, prefillCodes } from "./binding.ts";
 import type { PrefillTile } from "./prefill_tile.ts";
 import {
   chainQuads,
+  paddedQuads,
   PREFILL_TILES,
   prefillBytes,
   prefillGroupK,
+  prefillSplits,
   prefillThreads,
   tableCopies,
   threadPlace,
@@ -67,18 +69,19 @@ Deno.test("every tile gives a row the same bits, and those of the reference but 
         ["m1v8b16", [40, 112]],
         ["m1v4g32b9", [40, 96]],
         ["m2v3g9", [20, 72]],
+        ["m1v4g128", [40, 2304]], // two splits of K, unequal
       ] as const
     ) {
       const { matrix, tensors } = await load(gpu, shape, text);
-      const code = codesOf(matrix)!;
+      const code = prefillCodes(matrix)!;
       const [n, k] = shape;
       const rows = 11;
       const x = randomActivations(rows * k, n);
       const codes = await readCodeTensors(tensors, "w", shape, code.format);
-      const groupK = prefillGroupK(code);
+      const order = { groupK: prefillGroupK(code), ...prefillSplits(shape, code) };
       const truth = await prefill(gpu, matrix, x, rows, TILES[0]);
       for (const row of [0, 10]) {
-        const expected = codePrefillProduct(codes, groupK, x.subarray(row * k, (row + 1) * k));
+        const expected = codePrefillProduct(codes, order, x.subarray(row * k, (row + 1) * k));
         for (let i = 0; i < n; i++) {
           const error = Math.abs(truth[row * n + i] - expected[i]);
           assert(error < 2e-3 * Math.sqrt(k), `${text} row ${row}, ${i}: ${error} off`);
@@ -98,12 +101,43 @@ Deno.test("every tile gives a row the same bits, and those of the reference but 
   }
 });
 
+Deno.test("a small scratch takes prefill rows in chunks, with the same bits", async () => {
+  const gpu = await Gpu.open({ software: true, limits: "default" });
+  try {
+    const { matrix } = await load(gpu, [40, 2304], "m1v8g128");
+    assertEquals(prefillSplits([40, 2304], prefillCodes(matrix)).splits, 2);
+    // What one decode row needs holds 18 prefill rows.
+    const scratchBytes = linearScratchBytes([40, 2304], matrix.format, 8) / 8;
+    const run = (decode: number, scratchBytes?: number) =>
+      runLinear(gpu, {
+        matrix,
+        x: bitsOf(randomActivations(23 * 2304, 2)),
+        shape: stepShape(decode, 23 - decode),
+        ranges: ["prefill"],
+        scratchBytes,
+      });
+    for (const decode of [0, 4]) {
+      const plenty = await run(decode);
+      assert(plenty.subarray(decode * 40).every((value) => value !== 0));
+      assertEquals(await run(decode, scratchBytes), plenty);
+    }
+    matrix.destroy();
+    gpu.check();
+  } finally {
+    gpu.close();
+  }
+});
+
 Deno.test("a thread of a tile has a place of its own, and its reads meet in no bank", () => {
   for (const tile of [...PREFILL_TILES, ...TILES.map(({ tile }) => tile)]) {
     const code = threadPlace(tile).replaceAll(/(\d)u/g, "$1").replaceAll("let ", "var ");
     const place = new Function("lane", `${code}; return [tx, ty];`) as (lane: number) => number[];
     const places = Array.from({ length: prefillThreads(tile) }, (_, lane) => place(lane));
     assertEquals(new Set(places.map(String)).size, places.length);
+    // Threads that read together meet in a bank only where they read the same.
+    const stride = paddedQuads(tile.patchColumns * tileK(tile, null).quads) / 2;
+    const half = new Set(places.slice(0, tile.rows > tile.patchRows ? 16 : 8).map(([x]) => x));
+    assertEquals(new Set([...half].map((x) => x * stride % 8)).size, half.size);
     assert(
       places.every(([x, y]) =>
         x * tile.patchColumns < tile.columns && y * tile.patchRows < tile.rows

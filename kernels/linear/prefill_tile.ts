@@ -8,7 +8,8 @@ import { invariant } from "../../shared/errors.ts";
 import { type CodeGemmFormat, codesPerWord } from "../../shared/model_config.ts";
 import { centroidCount } from "./code_words_wgsl.ts";
 import type { CodeOrder } from "./order.ts";
-import { DENSE_K_ALIGN, largestDivisor, lcm } from "./order.ts";
+import { DENSE_K_ALIGN, largestDivisor, lcm, roundUp } from "./order.ts";
+import type { MatrixShape } from "./types.ts";
 
 /** The tile of outputs of a workgroup. None of this changes a bit of the result. */
 export interface PrefillTile {
@@ -115,6 +116,35 @@ export function prefillGroupK({ format: { v }, order }: PrefillCode): number {
   return v * largestDivisor(order.scalePositions, Math.max(1, Math.floor(CHAIN_K / v)), 1);
 }
 
+/** The sums of a prefill output over K: each on its own, then one after the other. */
+export interface PrefillSplits {
+  /** K of one, but for the last, which may be shorter. */
+  splitK: number;
+  splits: number;
+}
+
+/** Workgroups that fill a large GPU, of a tile of this many columns and all rows of a short prompt. */
+const WANTED_WORKGROUPS = 256;
+const USUAL_COLUMNS = 128;
+/** K that is worth a sum of its own, and what its length is a multiple of: of tiles' too. */
+const MIN_SPLIT_K = 1024;
+const SPLIT_K_STEP = 256;
+
+/**
+ * How prefill rows split K: part of the order of sums, so it follows from shape and format alone.
+ * Matrices of few rows of N have too few tiles to fill a GPU; they make several sums of each output.
+ */
+export function prefillSplits([n, k]: MatrixShape, code: PrefillCode | null): PrefillSplits {
+  const whole = { splitK: k, splits: 1 };
+  if (code === null || itemPositions(code) === null) return whole;
+  if (SPLIT_K_STEP % tileStep(code) !== 0) return whole;
+  const wanted = Math.ceil(WANTED_WORKGROUPS / Math.ceil(n / USUAL_COLUMNS));
+  const splits = Math.min(wanted, Math.floor(k / MIN_SPLIT_K));
+  if (splits <= 1) return whole;
+  const splitK = roundUp(Math.ceil(k / splits), SPLIT_K_STEP);
+  return { splitK, splits: Math.ceil(k / splitK) };
+}
+
 /** The quads of a group's float16 sums, one after the other. */
 export function chainQuads({ groupQuads }: Pick<TileK, "groupQuads">): number[] {
   return Array.from(
@@ -138,8 +168,15 @@ export function itemPositions(code: PrefillCode): number | null {
 export function tileK(tile: PrefillTile, code: PrefillCode | null): TileK {
   if (code === null) return groups(DENSE_K_ALIGN, DENSE_K_ALIGN);
   const groupK = prefillGroupK(code);
-  const step = lcm(groupK, (itemPositions(code) ?? 0) * code.format.v || groupK);
+  const step = tileStep(code);
   return groups(Math.max(1, Math.floor((tile.depth ?? DEFAULT_DEPTH) / step)) * step, groupK);
+}
+
+/** What a tile's K is a multiple of: whole groups, and all codes of a load. */
+function tileStep(code: PrefillCode): number {
+  const groupK = prefillGroupK(code);
+  const positions = itemPositions(code);
+  return positions === null ? groupK : lcm(groupK, positions * code.format.v);
 }
 
 function groups(depth: number, groupK: number): TileK {

@@ -15,9 +15,9 @@ import type { TileLoad, WeightSource } from "./prefill_frame.ts";
 import { paddedQuads, prefillThreads, threadGrid, threadPlace, tileK } from "./prefill_tile.ts";
 import { HEADER_WGSL, putWgsl, times } from "./wgsl.ts";
 
-/** The kernel's code; dispatched over (tiles of N, tiles of rows). */
+/** The kernel's code; dispatched over (tiles of N, tiles of rows, splits of K). */
 export function prefillWgsl(kernel: PrefillKernel): string {
-  const { tile, code, store, unroll } = kernel;
+  const { tile, code, store, unroll, splits } = kernel;
   const threads = prefillThreads(tile);
   const grid = threadGrid(tile);
   const k = tileK(tile, code);
@@ -31,7 +31,7 @@ export function prefillWgsl(kernel: PrefillKernel): string {
 @group(0) @binding(2) var<storage, read> x: array<${vectors ? "vec4<f16>" : "f16"}>;
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;
 ${weights.declarations}
-${putWgsl(store)}
+${splits.splits === 1 ? putWgsl(store) : PUT_PARTIAL_WGSL}
 // [buffer][thread along the rows][row of its patch][K / 4], and the same of columns
 var<workgroup> tile_x: array<array<vec4<f16>, ${paddedQuads(tile.patchRows * k.quads)}>, ${
     buffers * grid.rows
@@ -49,7 +49,10 @@ fn main(
 ) {
   let column0 = workgroup.x * ${tile.columns}u;
   let row0 = workgroup.y * ${tile.rows}u;
-  let rows = range_rows();
+  let rows = min(range_rows() - params.row_base, params.row_cap);
+  let first_row = range_start() + params.row_base;
+  let k_start = ${splits.splits === 1 ? "0u" : `workgroup.z * ${splits.splitK}u`};
+  let k_end = ${splits.splits === 1 ? "params.k" : `min(k_start + ${splits.splitK}u, params.k)`};
   if (row0 >= rows) { return; }
 ${threadPlace(tile)}
   let busy = row0 + ty * ${tile.patchRows}u < rows;
@@ -59,7 +62,9 @@ ${unroll ? straightLoop(frame, weights, buffers) : rolledLoop(frame, weights)}
 ${
     times(tile.patchRows, (r) =>
       `  if (row0 + ty * ${tile.patchRows}u + ${r}u < rows) {
-    let row = range_start() + row0 + ty * ${tile.patchRows}u + ${r}u;
+    let row = ${
+        splits.splits === 1 ? "first_row" : "workgroup.z * params.row_cap"
+      } + row0 + ty * ${tile.patchRows}u + ${r}u;
 ${
         times(tile.patchColumns, (c) =>
           `    if (column0 + tx + ${c * grid.columns}u < params.n) { put(row, column0 + tx + ${
@@ -71,6 +76,13 @@ ${
 }
 `;
 }
+
+/** `put` of a sum that is not whole yet. */
+const PUT_PARTIAL_WGSL = /* wgsl */ `
+fn put(row: u32, n: u32, value: f32) {
+  y[row * params.partial_stride + n] = value;
+}
+`;
 
 /** `activations(row, k, q)`: quad `q` of the tile that begins at `k`, of the row whose input begins
  * at `row` (in elements of `x`); zeros past a group's end and past K. */
@@ -97,7 +109,7 @@ ${
 
 /** WGSL of where in `x` the row of item `i` begins; rows past the last are read as the last. */
 function rowStart({ kernel, k }: PrefillFrame, i: string): string {
-  const start = "params.x_offset + (range_start() + min(row0 + " +
+  const start = "params.x_offset + (first_row + min(row0 + " +
     `${i} / ${k.quads}u, rows - 1u)) * params.x_stride`;
   return kernel.vectorInput && k.groupK % 4 === 0 ? `(${start}) / 4u` : start;
 }
@@ -116,7 +128,7 @@ function rolledLoop(frame: PrefillFrame, weights: WeightSource): string {
     loads.map(({ name, value }) => `let ${name} = ${value("k0")};`).join("\n");
   return `  let buffer_x = 0u;
   let buffer_y = 0u;
-  for (var k0 = 0u; k0 < params.k; k0 += ${k.depth}u) {
+  for (var k0 = k_start; k0 < k_end; k0 += ${k.depth}u) {
     workgroupBarrier();
     for (var i = lane; i < ${tile.rows * k.quads}u; i += ${threads}u) {
       ${putActivations(frame, "i", `activations(${rowStart(frame, "i")}, k0, i % ${k.quads}u)`)}
@@ -166,10 +178,10 @@ function straightLoop(frame: PrefillFrame, weights: WeightSource, buffers: numbe
 ${weightSlots.map(({ i, at }) => `  let ${i} = ${at};`).join("\n")}
 ${rowSlots.map(({ i, at }) => `  let ${i} = ${at};`).join("\n")}
 ${rowSlots.map(({ slot, i }) => `  let row${slot} = ${rowStart(frame, i)};`).join("\n")}
-${loads.map(({ name, type, value }) => `  var ${name}: ${type} = ${value("0u")};`).join("\n")}
+${loads.map(({ name, type, value }) => `  var ${name}: ${type} = ${value("k_start")};`).join("\n")}
 ${buffers === 2 ? "  var buffer = 0u;" : ""}
-  let last = (params.k - 1u) / ${k.depth}u * ${k.depth}u;
-  for (var k0 = 0u; k0 < params.k; k0 += ${k.depth}u) {
+  let last = (k_end - 1u) / ${k.depth}u * ${k.depth}u;
+  for (var k0 = k_start; k0 < k_end; k0 += ${k.depth}u) {
     let buffer_x = ${buffers === 2 ? `buffer * ${grid.columns}u` : "0u"};
     let buffer_y = ${buffers === 2 ? `buffer * ${grid.rows}u` : "0u"};
 ${weightSlots.map((slot) => guarded(slot, weights.fill(slot.i, slot.slot))).join("\n")}

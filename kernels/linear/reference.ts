@@ -227,17 +227,23 @@ export function densePrefillProduct(
 
 /**
  * The order of the CodeGEMM prefill kernels: in groups of `groupK`, a float16 chain over the even and
- * one over the odd of up to 16 K, their sum scaled and added in float32 by rising K.
+ * one over the odd of up to 16 K, their sum scaled and added in float32 by rising K; such sums over
+ * `splitK` each are then added one after the other.
  */
 export function codePrefillProduct(
   matrix: CodeTensors,
-  groupK: number,
+  { groupK, splitK }: { groupK: number; splitK: number },
   x: ArrayLike<number>,
 ): Float32Array<ArrayBuffer> {
   const { shape: [n, k], format: { m, v, g, b }, codebooks, scales } = matrix;
   const y = new Float32Array(n);
   for (let row = 0; row < n; row++) {
+    let sum = 0;
     for (let at = 0, end = 0; at < k; at = end) {
+      if (at > 0 && at % splitK === 0) {
+        y[row] = f32(y[row] + sum);
+        sum = 0;
+      }
       const groupEnd = at - at % groupK + groupK;
       end = Math.min(at + 16, groupEnd);
       const chains = [0, 0];
@@ -250,8 +256,9 @@ export function codePrefillProduct(
         chains[(i - at) % 2] = fma16(x[i], weight, chains[(i - at) % 2]);
       }
       const scale = scales[Math.floor(at / g) * n + row];
-      y[row] = fma32(scale, f16(chains[0] + chains[1]), y[row]);
+      sum = fma32(scale, f16(chains[0] + chains[1]), sum);
     }
+    y[row] = f32(y[row] + sum);
   }
   return y;
 }
