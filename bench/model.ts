@@ -20,6 +20,7 @@ import { parseFormatName } from "../shared/checkpoint/mod.ts";
 import { FleetError } from "../shared/errors.ts";
 import { parseFlags, runCommand } from "../shared/flags.ts";
 import { LIMITS } from "../shared/limits.ts";
+import { fastestDecode } from "../shared/protocol.ts";
 import type { ModelConfig } from "../shared/model_config.ts";
 import { frameRunner } from "../worker/step_crossing.ts";
 import { Thread } from "../worker/thread.ts";
@@ -140,7 +141,11 @@ async function main(): Promise<void> {
         default: "m1v4g128",
         help: "dense, m1v4g128, m1v8b16 (AQLM's 1x16), ...",
       },
-      decode: { type: "string", default: "codegemm", help: "codegemm or dequantize" },
+      decode: {
+        type: "string",
+        default: "auto",
+        help: "codegemm, dequantize, or auto, as a coordinator takes it",
+      },
       batch: { type: "string", default: "1,8,32", help: "sequences that decode together" },
       context: { type: "integer", default: 1024, min: 1, help: "positions before a decode step" },
       prompt: { type: "integer", default: 512, min: 0, help: "rows of a prefill step; 0 for none" },
@@ -162,7 +167,9 @@ async function main(): Promise<void> {
   if (codegemm === null && values.format !== "dense") {
     throw new FleetError("bad-usage", `--format takes dense or m1v4g128, not ${values.format}`);
   }
-  const families = { codegemm: "codegemm", dequantize: "dequantize" } as const;
+  const auto = fastestDecode(codegemm);
+  const families = { auto, codegemm: "codegemm", dequantize: "dequantize" } as const;
+  const decode = choose("decode", families, values.decode);
   const batches = integers("batch", values.batch);
   const layers = values.layers ?? shape.layers;
   const ends = values.ends === undefined ? layers === shape.layers : values.ends === "yes";
@@ -176,7 +183,7 @@ async function main(): Promise<void> {
     first: ends,
     last: ends,
     limits: stageLimits(Math.max(...batches), contextTokens, prompt),
-    profile: { version: 1, decode: choose("decode", families, values.decode) },
+    profile: { version: 1, decode },
   };
 
   const thread = new Thread<ModelCalls>(new URL("./model_thread.ts", import.meta.url), "GPU");
@@ -186,7 +193,7 @@ async function main(): Promise<void> {
   });
   console.log(
     `${adapter}: ${values.shape}, ${layers} layers${ends ? ", embedding and head" : ""}, ` +
-      `${values.format}, ${values.decode}, ${(memoryBytes / 2 ** 30).toFixed(1)} GiB, ` +
+      `${values.format}, ${decode}, ${(memoryBytes / 2 ** 30).toFixed(1)} GiB, ` +
       `loaded in ${loadSeconds.toFixed(1)} s`,
   );
   const drive = new StageDrive(

@@ -13,7 +13,7 @@ import { FleetError } from "../shared/errors.ts";
 import { parseFlags, runCommand } from "../shared/flags.ts";
 import { connectNats, requireJetStream } from "../shared/nats_bus.ts";
 import { NATS_FLAGS } from "../shared/nats_flags.ts";
-import { COORDINATOR, subjects } from "../shared/protocol.ts";
+import { COORDINATOR, fastestDecode, subjects } from "../shared/protocol.ts";
 import { createTokenizer } from "../shared/tokenizer.ts";
 import { createApi } from "./api/mod.ts";
 import { watchDisconnects } from "./disconnects.ts";
@@ -94,8 +94,9 @@ const COMMAND = {
     decode: {
       type: "string",
       env: "CODEGEMM_DECODE",
-      default: "codegemm",
-      help: "kernel family of decode rows: codegemm, or dequantize",
+      default: "auto",
+      help:
+        "kernel family of decode rows: codegemm, dequantize, or auto: what the format is fastest with",
     },
   },
 } as const;
@@ -175,9 +176,10 @@ function listen(
 async function main(): Promise<void> {
   const { values } = parseFlags(COMMAND);
   const objective = oneOf("objective", values.objective, ["throughput", "latency"]);
-  const decode = oneOf("decode", values.decode, ["codegemm", "dequantize"]);
+  const family = oneOf("decode", values.decode, ["auto", "codegemm", "dequantize"]);
   const apiKeys = await readKeys(values["api-key-file"], values.host);
   const checkpoint = await openCheckpoint(directorySource(values.model));
+  const decode = family === "auto" ? fastestDecode(checkpoint.config.codegemm) : family;
   const { tokenizer, chatTemplate } = textSide(checkpoint);
   const contextTokens = Math.min(
     values.context ?? DEFAULT_CONTEXT,

@@ -15,7 +15,7 @@ import {
   type TensorInfo,
   type TensorSource,
 } from "../shared/model_config.ts";
-import type { WorkerCard } from "../shared/protocol.ts";
+import { fastestDecode, type WorkerCard } from "../shared/protocol.ts";
 import type { Gpu } from "./gpu.ts";
 import { STEP_BYTES, type StepShape, stepWords } from "./kernel.ts";
 import {
@@ -244,7 +244,7 @@ async function rotatedLinears(
     maxRows: 1,
     scratch: bench.storage("calibration scratch", linearScratchBytes(shape, format, 1)),
     ranges: ["decode"],
-    profile: { version: 1, decode: "codegemm" },
+    profile: { version: 1, decode: fastestDecode(FORMAT) },
   } as const;
   const linears: Linear[] = [];
   for (const matrix of matrices) {

@@ -130,6 +130,15 @@ export const NumericsProfile = z.object({
 /** What decides every bit of a row's arithmetic. */
 export type NumericsProfile = z.infer<typeof NumericsProfile>;
 
+/**
+ * The kernel family that decodes a format fastest (measured on an H200, see bench/README.md): with one
+ * codebook, centroids are gathered without a bank conflict at any batch; with more, Psumbooks win for
+ * one to three rows.
+ */
+export function fastestDecode(format: { m: number } | null): NumericsProfile["decode"] {
+  return format?.m === 1 ? "dequantize" : "codegemm";
+}
+
 /** A part of the model: its name, its manifest's digest, its size. */
 export const PartRef = z.object({
   part: z.string().regex(/^(embedding|head|layer\.\d{1,5})$/),

@@ -145,24 +145,21 @@ function fillEntry(
  * A code gathers its centroid, which is multiplied with the activations: pairs along K, so that one
  * float16 multiply-add makes two products. For vectors of a multiple of 4.
  *
- * The codebooks stand in workgroup memory as often as fits, lanes spread over the copies, so that they
- * seldom meet in a bank; where not even one fits, they are gathered from the storage buffer, which
- * should be in a cache. There is no barrier between turns.
+ * Centroids are gathered from the storage buffer, which should be in a cache: this is for codebooks
+ * that do not fit workgroup memory, and `dequantize_wgsl.ts` for the others.
  */
 export function unrolledDequantize(kernel: CodeKernel, lanes: BatchLanes): CodeBody {
-  const { format, order, threads, rowsPerThread, batch } = kernel;
+  const { format, order, rowsPerThread, batch } = kernel;
   const { m, v } = format;
   const quads = v / 4;
   const entries = centroidCount(format);
-  const copies = tableCopies(kernel);
   const octets = gathersOctets(kernel);
-  const stored = (k: number, code: string, vectors: number) =>
-    `codebooks[((book * ${m}u + ${k}u) * ${entries}u + ${code}) * ${vectors}u`;
-  const gather = (k: number, q: number) => {
-    if (copies > 0) return `table${k}_${q}[(code${k} * ${copies}u) | copy]`;
-    if (octets) return `vec4<f16>(${octetQuad(`octet${k}_${q >> 1}`, q & 1)})`;
-    return `${stored(k, `code${k}`, quads)} + ${q}u]`;
-  };
+  const stored = (k: number, vectors: number) =>
+    `codebooks[((book * ${m}u + ${k}u) * ${entries}u + code${k}) * ${vectors}u`;
+  const gather = (k: number, q: number) =>
+    octets
+      ? `vec4<f16>(${octetQuad(`octet${k}_${q >> 1}`, q & 1)})`
+      : `${stored(k, quads)} + ${q}u]`;
   const parts = [takeWords(kernel), loadScales(kernel), loadNextWords(kernel)];
   for (let position = 0; position < kernel.turnPositions; position++) {
     const opensGroup = position % order.groupPositions === 0;
@@ -174,7 +171,7 @@ export function unrolledDequantize(kernel: CodeKernel, lanes: BatchLanes): CodeB
         const count = v / OCTET_WEIGHTS;
         parts.push(times(m * count, (at) => {
           const [k, o] = [Math.floor(at / count), at % count];
-          return `let octet${k}_${o} = ${stored(k, `code${k}`, count)} + ${o}u];`;
+          return `let octet${k}_${o} = ${stored(k, count)} + ${o}u];`;
         }));
       }
       for (let q = 0; q < quads; q++) {
@@ -201,57 +198,17 @@ export function unrolledDequantize(kernel: CodeKernel, lanes: BatchLanes): CodeB
     rowsPerThread,
     (r) => times(batch, (b) => `  var pair${r}_${b} = vec2<f16>(0.0h);`),
   );
-  const prologue = `${pairs}\n${loadFirstWords(kernel)}`;
-  if (copies === 0) return { declarations: "", prologue, turn: parts.join("\n") };
-  const tables = Array.from({ length: m * quads }, (_, t) => {
-    const [k, q] = [Math.floor(t / quads), t % quads];
-    return {
-      declaration: `var<workgroup> table${k}_${q}: array<vec4<f16>, ${entries * copies}>;`,
-      // Neighbouring lanes write different copies at a time, for the banks' sake too.
-      fill: times(
-        Math.ceil(entries / threads),
-        (set) =>
-          `if (lane + ${set * threads}u < ${entries}u) {
-    let entry = lane + ${set * threads}u;
-    let centroid = ${stored(k, "entry", quads)} + ${q}u];
-${
-            times(
-              copies,
-              (c) =>
-                `    table${k}_${q}[entry * ${copies}u + ((lane + ${c}u) & ${
-                  copies - 1
-                }u)] = centroid;`,
-            )
-          }
-  }`,
-      ),
-    };
-  });
   return {
-    declarations: tables.map(({ declaration }) => declaration).join("\n"),
-    prologue: `${prologue}
-  let copy = lane & ${copies - 1}u;
-  ${tables.map(({ fill }) => fill).join("\n")}
-  workgroupBarrier();`,
+    declarations: "",
+    prologue: `${pairs}\n${loadFirstWords(kernel)}`,
     turn: parts.join("\n"),
   };
 }
 
-/** Copies of the codebooks in workgroup memory, a power of two; 0 when not even one fits. */
-function tableCopies({ format, workgroupBytes }: CodeKernel): number {
-  const bytes = format.m * centroidCount(format) * format.v * 2;
-  const fit = Math.min(MAX_COPIES, Math.floor(workgroupBytes / bytes));
-  return fit < 1 ? 0 : 2 ** Math.floor(Math.log2(fit));
+/** Whether whole centroids are gathered, eight weights a load. */
+function gathersOctets({ family, format }: CodeKernel): boolean {
+  return family === "dequantize" && format.v % OCTET_WEIGHTS === 0;
 }
-
-/** Whether whole centroids are gathered from the storage buffer, eight weights a load. */
-function gathersOctets(kernel: CodeKernel): boolean {
-  const { family, format } = kernel;
-  return family === "dequantize" && tableCopies(kernel) === 0 && format.v % OCTET_WEIGHTS === 0;
-}
-
-/** With 16 copies of 8-byte entries, half a warp of an NVIDIA GPU reads without a bank conflict. */
-const MAX_COPIES = 16;
 
 /** The activations of a position for place `b` of the batch: `a<b>_<quad>`, float16. */
 function loadQuads(

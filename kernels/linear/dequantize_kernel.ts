@@ -37,12 +37,16 @@ export interface DequantizeKernel {
 
 /** With 16 copies of 8-byte entries, half a warp of an NVIDIA GPU reads without a bank conflict. */
 const MAX_COPIES = 16;
+/** Fewer than that cost more than activations in workgroup memory gain. */
+const ENOUGH_COPIES = 4;
 /** From this batch on a thread has little else than sums in its registers: K is split instead. */
 const SPLIT_BATCH = 4;
 /** K whose activations a workgroup holds at a time, of batches that split K. */
 const LOCAL_K = 1024;
 /** Fewer splits than this come from many rows of N: then a thread can hold more of them. */
 const FEW_SPLITS = 8;
+/** Of the GPU that the shapes are made for; WebGPU does not tell. */
+const MULTIPROCESSORS = 132;
 /** N from which on they fill a large GPU even so. */
 const TALL_N = 50_000;
 /** Threads along N of one split below which loads of code words are too short. */
@@ -102,7 +106,7 @@ export function dequantizeKernel(
   const shape = whole
     ? wholeShape(order, variant, room)
     : splitShape(format, order, batch, variant, room);
-  const turnK = variant.turnK ?? (batch === 1 ? 128 : whole || batch === 8 ? 64 : 32);
+  const turnK = variant.turnK ?? (batch === 2 ? 64 : 32);
   const kernel: DequantizeKernel = {
     format,
     order,
@@ -114,20 +118,27 @@ export function dequantizeKernel(
     copies: MAX_COPIES,
     packed: hasPackedDot(),
   };
-  return fit(kernel, room) ?? fit({ ...kernel, localInput: false }, room);
+  const fitting = fit(kernel, room);
+  if (fitting !== null && fitting.copies >= ENOUGH_COPIES) return fitting;
+  return fit({ ...kernel, localInput: false }, room) ?? fitting;
 }
 
-/** All splits in one workgroup. */
+/** All splits in one workgroup, and no more workgroups than a large GPU runs at once. */
 function wholeShape(order: CodeOrder, variant: DecodeChoice, room: KernelRoom) {
   const { splits } = order.dequantize;
   const rows = room.members.reduce((sum, n) => sum + n, 0);
-  const tall = splits <= FEW_SPLITS && rows >= TALL_N;
-  const rowsPerThread = variant.codeRowsPerThread === 4 || !tall ? 4 : 8;
+  const few = splits <= FEW_SPLITS;
+  const rowsPerThread = variant.codeRowsPerThread ?? (few && rows >= TALL_N ? 8 : 4);
   // 448 threads cut the N of Llama's gate and up evenly for 132 multiprocessors.
-  const wanted = variant.codeThreads ?? (splits <= FEW_SPLITS ? 448 : 512);
-  const most = Math.floor(Math.min(wanted, room.maxThreads) / splits);
-  const lanes = Math.max(MIN_LANES, most - most % MIN_LANES);
-  return { splits, rowsPerThread, lanes: lanesOf(order, room, rowsPerThread, lanes) };
+  const most = Math.floor(
+    Math.min(variant.codeThreads ?? (few ? 448 : 512), room.maxThreads) / splits,
+  );
+  let lanes = Math.max(MIN_LANES, most - most % MIN_LANES);
+  const fills = rows > lanes * rowsPerThread * MULTIPROCESSORS;
+  if (variant.codeThreads === undefined && fills && 2 * lanes * splits <= room.maxThreads) {
+    lanes *= 2;
+  }
+  return { splits, rowsPerThread, lanes: lanesOf(room, rowsPerThread, lanes) };
 }
 
 /** As many splits as their activations allow. */
@@ -141,21 +152,15 @@ function splitShape(
   const threads = Math.min(variant.codeThreads ?? (batch === 8 ? 256 : 512), room.maxThreads);
   const most = Math.max(1, Math.floor(LOCAL_K / (splitPositions(order) * format.v)));
   const splits = largestDivisor(order.dequantize.splits, most, 1);
-  const rowsPerThread = variant.codeRowsPerThread === 8 ? 8 : 4;
-  const lanes = lanesOf(order, room, rowsPerThread, Math.floor(threads / splits));
+  const rowsPerThread = variant.codeRowsPerThread ?? 4;
+  const lanes = lanesOf(room, rowsPerThread, Math.floor(threads / splits));
   return { splits, rowsPerThread, lanes };
 }
 
 /** A workgroup's rows of N belong to one matrix of a stack, which has one set of codebooks. */
-function lanesOf(
-  { rowBlock }: CodeOrder,
-  { members }: KernelRoom,
-  rowsPerThread: number,
-  wanted: number,
-): number {
-  const most = Math.min(wanted, rowBlock / rowsPerThread);
-  if (members.length === 1) return most;
-  return largestDivisor(members.reduce(gcd) / rowsPerThread, most, 1);
+function lanesOf({ members }: KernelRoom, rowsPerThread: number, wanted: number): number {
+  if (members.length > 1) return largestDivisor(members.reduce(gcd) / rowsPerThread, wanted, 1);
+  return Math.min(wanted, Math.ceil(members[0] / rowsPerThread));
 }
 
 /** The largest number of positions within `wantedK` of K that divides every split. */

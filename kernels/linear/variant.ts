@@ -19,7 +19,7 @@ export interface DecodeChoice {
    */
   turnK?: number;
   /** Rows of N that a thread of a CodeGEMM decode kernel holds; by default as many as fit 256 threads. */
-  codeRowsPerThread?: 4 | 8 | 16;
+  codeRowsPerThread?: 4 | 8;
   /** Most threads of a workgroup. */
   codeThreads?: number;
   /** CodeGEMM decode kernels load their code words a turn ahead; by default where it pays. */
@@ -63,7 +63,7 @@ export function defaultVariant(software: boolean): Variant {
       : [
         { rows: 16, columns: 64, patchRows: 4, patchColumns: 2 },
         { rows: 32, columns: 128, patchRows: 4, patchColumns: 4 },
-        { rows: 64, columns: 128, patchRows: 8, patchColumns: 4 },
+        { rows: 64, columns: 128, patchRows: 8, patchColumns: 8 },
       ],
   };
 }

@@ -1,0 +1,178 @@
+import { assert, assertAlmostEquals, assertEquals } from "@std/assert";
+import { parseFormatName } from "../../shared/checkpoint/mod.ts";
+import type { CodeGemmFormat } from "../../shared/model_config.ts";
+import { seededRandom } from "../../shared/random.ts";
+import { Gpu } from "../gpu.ts";
+import {
+  dequantizeBytes,
+  dequantizeColumns,
+  type DequantizeKernel,
+  dequantizeKernel,
+  dequantizeThreads,
+  holdsWholeSums,
+  splitPositions,
+} from "./dequantize_kernel.ts";
+import { loadMatrix } from "./matrix.ts";
+import { codeOrder } from "./order.ts";
+import { randomTensors } from "./random_tensors.ts";
+import { dequantizeProduct, readCodeTensors } from "./reference.ts";
+import { bitsOf, randomActivations, runLinear, stepShape } from "./rig.ts";
+import type { MatrixShape } from "./types.ts";
+import { type DecodeChoice, defaultVariant } from "./variant.ts";
+import type { Batch } from "./wgsl.ts";
+
+const BATCHES = [1, 2, 4, 8] as const;
+const GPU_VARIANT = defaultVariant(false);
+
+/** Stacks of N, and K: Llama-3's, then small and uneven ones. */
+const SHAPES: [members: number[], k: number][] = [
+  [[8192, 1024, 1024], 8192],
+  [[28672, 28672], 8192],
+  [[8192], 28672],
+  [[14336, 14336], 4096],
+  [[4096], 14336],
+  [[70], 384],
+  [[256, 512, 256], 640],
+];
+const ROOMS = [
+  { maxThreads: 1024, workgroupBytes: 48 * 1024 },
+  { maxThreads: 1024, workgroupBytes: 32 * 1024 },
+  { maxThreads: 256, workgroupBytes: 16 * 1024 },
+];
+
+function formatOf(name: string): CodeGemmFormat {
+  const format = parseFormatName(name);
+  assert(format !== null);
+  return format;
+}
+
+function* kernels(): Generator<{ kernel: DequantizeKernel; members: number[]; room: number }> {
+  for (const name of ["m1v4g128", "m2v8g128", "m2v4g128", "m1v8g64"]) {
+    const format = formatOf(name);
+    for (const [members, k] of SHAPES) {
+      const n = members.reduce((sum, rows) => sum + rows, 0);
+      const order = codeOrder([n, k], format, undefined, members);
+      for (const [room, limits] of ROOMS.entries()) {
+        for (const batch of BATCHES) {
+          const given = { members, ...limits };
+          const kernel = dequantizeKernel(format, order, batch, GPU_VARIANT, given);
+          assert(kernel !== null, `${name} ${members} x ${k} has a kernel for ${batch} rows`);
+          yield { kernel, members, room };
+        }
+      }
+    }
+  }
+}
+
+Deno.test("a kernel keeps within the adapter's threads and workgroup memory", () => {
+  for (const { kernel, room } of kernels()) {
+    assert(dequantizeThreads(kernel) <= ROOMS[room].maxThreads);
+    assert(dequantizeBytes(kernel) <= ROOMS[room].workgroupBytes);
+  }
+});
+
+Deno.test("workgroups share out splits and turns evenly, and none straddles two matrices of a stack", () => {
+  for (const { kernel, members } of kernels()) {
+    const { order, splits, turnPositions } = kernel;
+    assertEquals(order.dequantize.splits % splits, 0);
+    const { units, splitUnits } = order.dequantize;
+    const last = units - (order.dequantize.splits - 1) * splitUnits;
+    assert(last > 0);
+    assertEquals(splitPositions(order) % turnPositions, 0);
+    assertEquals(last * order.unitPositions % turnPositions, 0);
+    if (members.length === 1) continue;
+    for (const rows of members) assertEquals(rows % dequantizeColumns(kernel), 0);
+  }
+});
+
+Deno.test("one row's workgroups have whole sums at Llama's shapes, eight rows' share out K", () => {
+  for (const { kernel, members } of kernels()) {
+    if (members[0] < 4096) continue;
+    if (kernel.batch <= 2) assert(holdsWholeSums(kernel));
+    if (kernel.batch === 8) assert(!holdsWholeSums(kernel));
+  }
+});
+
+Deno.test("codes and vectors that the kernel is not for have none", () => {
+  for (const name of ["m1v8b16", "m1v4g128b12", "m2v6g12", "m1v2g128"]) {
+    const format = formatOf(name);
+    const room = { members: [256], ...ROOMS[0] };
+    const order = codeOrder([256, 768], format);
+    assertEquals(dequantizeKernel(format, order, 1, GPU_VARIANT, room), null);
+  }
+});
+
+/** Rows of a random matrix, decoded in the given batch. */
+async function decode(
+  gpu: Gpu,
+  { shape, name, batch, choice }: {
+    shape: MatrixShape;
+    name: string;
+    batch: Batch;
+    choice?: DecodeChoice;
+  },
+): Promise<Float32Array> {
+  const format = formatOf(name);
+  const rows = 3;
+  const matrix = await loadMatrix(gpu, randomTensors("w", shape, format, 9), "w", shape, format);
+  const y = await runLinear(gpu, {
+    matrix,
+    x: bitsOf(randomActivations(rows * shape[1], 4)),
+    shape: stepShape(rows),
+    ranges: ["decode"],
+    profile: "dequantize",
+    variant: { ...GPU_VARIANT, batches: [batch], decode: { turnK: 16, ...choice } },
+  });
+  matrix.destroy();
+  return y;
+}
+
+Deno.test("whole sums and partial ones have the same bits, and follow the reference", async () => {
+  const gpu = await Gpu.open({ software: true });
+  try {
+    // More than 16 splits, summed in slices, the last one shorter; N that no workgroup divides.
+    const shape: MatrixShape = [76, 64 * 67];
+    const name = "m1v4g64";
+    const format = formatOf(name);
+    const order = codeOrder(shape, format);
+    assert(order.dequantize.slices > 1 && order.dequantize.units % order.dequantize.splits !== 0);
+    const codes = await readCodeTensors(randomTensors("w", shape, format, 9), "w", shape, format);
+    const x = randomActivations(3 * shape[1], 4);
+    const expected = new Float32Array(3 * shape[0]);
+    for (let row = 0; row < 3; row++) {
+      const input = x.subarray(row * shape[1], (row + 1) * shape[1]);
+      expected.set(dequantizeProduct(codes, order, input), row * shape[0]);
+    }
+    const alone = await decode(gpu, { shape, name, batch: 1 });
+    // Outputs are about 1; adapters may round a float16 multiply-add twice.
+    alone.forEach((value, i) => assertAlmostEquals(value, expected[i], 4e-3, `output ${i}`));
+    for (const batch of [2, 4] as const) {
+      const y = await decode(gpu, { shape, name, batch });
+      assertEquals(new Uint32Array(y.buffer), new Uint32Array(alone.buffer), `x${batch}`);
+    }
+  } finally {
+    gpu.close();
+  }
+});
+
+Deno.test("threads, rows of N, prefetching and turns change no bit", async () => {
+  const gpu = await Gpu.open({ software: true });
+  try {
+    const random = seededRandom(3);
+    const shape: MatrixShape = [132, 512];
+    for (const name of ["m1v4g128", "m2v8g128"]) {
+      const standard = await decode(gpu, { shape, name, batch: 2 });
+      for (const codeThreads of [64, 256]) {
+        const choice: DecodeChoice = {
+          codeThreads,
+          codeRowsPerThread: random() < 0.5 ? 4 : 8,
+          prefetch: codeThreads === 64,
+        };
+        const y = await decode(gpu, { shape, name, batch: 2, choice });
+        assertEquals(y, standard, `${name} ${JSON.stringify(choice)}`);
+      }
+    }
+  } finally {
+    gpu.close();
+  }
+});
