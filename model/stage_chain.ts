@@ -10,6 +10,7 @@ import { stageParts } from "../shared/model_config.ts";
 import type { NumericsProfile, StageLimits } from "../shared/protocol.ts";
 import type { Gpu } from "../kernels/gpu.ts";
 import { StageModel } from "./stage_model.ts";
+import type { StageSpec } from "./stage_spec.ts";
 import { WeightStore } from "./weights.ts";
 
 /** A row of a step: a token at a position of a sequence, and what it is asked for. */
@@ -54,6 +55,7 @@ export interface ChainOptions {
   /** Layers where a new stage begins: `[3]` makes two stages. */
   cuts?: readonly number[];
   profile?: NumericsProfile;
+  variants?: StageSpec["variants"];
 }
 
 /** The answers of a step. */
@@ -75,7 +77,7 @@ export class StageChain {
 
   /** Loads every part, and makes the stages. */
   static async load(options: ChainOptions): Promise<StageChain> {
-    const { gpu, config, tensors, limits } = options;
+    const { gpu, config, tensors, limits, variants } = options;
     const profile = options.profile ?? { version: 1, decode: "codegemm" };
     const bounds = [0, ...(options.cuts ?? []), config.layers];
     const weights = new WeightStore(gpu);
@@ -84,7 +86,8 @@ export class StageChain {
       const [from, to] = [bounds[i], bounds[i + 1]];
       const span = { from, to, first: from === 0, last: to === config.layers };
       for (const part of stageParts(span)) await weights.load(config, part, tensors);
-      stages.push(await StageModel.load(gpu, { config, ...span, limits, profile }, weights));
+      const spec = { config, ...span, limits, profile, variants };
+      stages.push(await StageModel.load(gpu, spec, weights));
     }
     return new StageChain(stages, weights);
   }

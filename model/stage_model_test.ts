@@ -7,7 +7,7 @@ import { randomInt, seededRandom } from "../shared/random.ts";
 import { Gpu } from "../kernels/gpu.ts";
 import { loadReference } from "./reference.ts";
 import { StageModel } from "./stage_model.ts";
-import { type ChainRow, StageChain, stepBatch } from "./stage_chain.ts";
+import { type ChainOptions, type ChainRow, StageChain, stepBatch } from "./stage_chain.ts";
 import { randomModel, tinyConfig } from "./testing/random_model.ts";
 import { WeightStore } from "./weights.ts";
 
@@ -85,40 +85,57 @@ const MODELS: Record<string, ModelConfig> = {
   }),
 };
 
+async function agreesWithReference(
+  gpu: Gpu,
+  config: ModelConfig,
+  kernels: Pick<ChainOptions, "profile" | "variants"> = {},
+): Promise<void> {
+  const tensors = randomModel(config, 11);
+  const reference = await loadReference(config, tensors);
+  const chain = await StageChain.load({ gpu, config, tensors, limits: LIMITS, ...kernels });
+  const pages = pageTables(2);
+  const [a, b] = [randomTokens(config, 40, 1), randomTokens(config, 7, 2)];
+  const expected = { a: reference.logits(a), b: reference.logits(b) };
+  const prefill = [...rowsOf(0, a, 0, 38), ...rowsOf(1, b, 0, 5)];
+  const decode = [...rowsOf(0, a, 38, 40), ...rowsOf(1, b, 5, 7)];
+  const got = [
+    ...await logitBits(chain, stepBatch(pages, prefill, 0)),
+    ...await logitBits(chain, stepBatch(pages, decode, decode.length)),
+  ].map((bits) => new Float32Array(bits.buffer));
+  const wanted = [
+    ...expected.a.slice(0, 38),
+    ...expected.b.slice(0, 5),
+    ...expected.a.slice(38),
+    ...expected.b.slice(5),
+  ];
+  assertEquals(got.length, wanted.length);
+  let worst = 0, spread = 0;
+  got.forEach((logits, row) =>
+    logits.forEach((logit, i) => {
+      worst = Math.max(worst, Math.abs(logit - wanted[row][i]));
+      spread = Math.max(spread, Math.abs(wanted[row][i]));
+    })
+  );
+  assert(spread > 2, `logits of ${spread} at most tell nothing`);
+  assertAlmostEquals(worst, 0, 0.01 * spread);
+  chain.destroy();
+}
+
 for (const [name, config] of Object.entries(MODELS)) {
   Deno.test(`a stage with all layers agrees with the reference model: ${name}`, () =>
-    withGpu(async (gpu) => {
-      const tensors = randomModel(config, 11);
-      const reference = await loadReference(config, tensors);
-      const chain = await StageChain.load({ gpu, config, tensors, limits: LIMITS });
-      const pages = pageTables(2);
-      const [a, b] = [randomTokens(config, 40, 1), randomTokens(config, 7, 2)];
-      const expected = { a: reference.logits(a), b: reference.logits(b) };
-      const prefill = [...rowsOf(0, a, 0, 38), ...rowsOf(1, b, 0, 5)];
-      const decode = [...rowsOf(0, a, 38, 40), ...rowsOf(1, b, 5, 7)];
-      const got = [
-        ...await logitBits(chain, stepBatch(pages, prefill, 0)),
-        ...await logitBits(chain, stepBatch(pages, decode, decode.length)),
-      ].map((bits) => new Float32Array(bits.buffer));
-      const wanted = [
-        ...expected.a.slice(0, 38),
-        ...expected.b.slice(0, 5),
-        ...expected.a.slice(38),
-        ...expected.b.slice(5),
-      ];
-      assertEquals(got.length, wanted.length);
-      let worst = 0, spread = 0;
-      got.forEach((logits, row) =>
-        logits.forEach((logit, i) => {
-          worst = Math.max(worst, Math.abs(logit - wanted[row][i]));
-          spread = Math.max(spread, Math.abs(wanted[row][i]));
-        })
-      );
-      assert(spread > 2, `logits of ${spread} at most tell nothing`);
-      assertAlmostEquals(worst, 0, 0.01 * spread);
-      chain.destroy();
-    }));
+    withGpu((gpu) => agreesWithReference(gpu, config)));
 }
+
+Deno.test("a stage with the decode kernels of a GPU agrees with the reference model", () =>
+  withGpu(async (gpu) => {
+    // Whole sums finished by RoPE and SwiGLU, and partial ones.
+    for (const batches of [[2], [4]] as const) {
+      await agreesWithReference(gpu, MODELS[STACKED], {
+        profile: { version: 1, decode: "dequantize" },
+        variants: () => ({ unroll: true, batches, decode: { turnK: 16 } }),
+      });
+    }
+  }));
 
 for (const name of ["codegemm m1v4g32", STACKED]) {
   Deno.test(`stages, chunks, batch mates and pages change no bit of a row: ${name}`, () =>
