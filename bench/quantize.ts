@@ -2,8 +2,9 @@
  * How long a layer of a real shape takes to quantize, and how much memory: random weights on disk,
  * random calibration text, and the quantize command itself in a process of its own.
  *
- * What is timed is the whole way of a layer. A model is as many of them; its embedding, its output
- * head and the tuning of all layers together are not in it.
+ * What is timed is the whole way of a layer, at the setting that `quantize --help` names for models that
+ * are too large to be tuned whole. A model is as many of them; its embedding and its output head are not
+ * in it.
  *
  * @module
  */
@@ -37,12 +38,12 @@ const COMMAND = {
     shape: { type: "string", default: "llama-3-70b", help: Object.keys(SHAPES).join(", ") },
     layers: { type: "integer", default: 1, min: 1, max: 4, help: "layers to quantize" },
     format: { type: "string", default: "m1v4g128", help: "mXvYgZ" },
-    samples: { type: "integer", default: 256, min: 1, help: "calibration sequences" },
+    samples: { type: "integer", default: 128, min: 1, help: "calibration sequences" },
     sequence: { type: "integer", default: 512, min: 4, help: "tokens of a sequence" },
     batch: { type: "integer", default: 4, min: 1, help: "sequences on the GPU at a time" },
-    "fit-rounds": { type: "integer", default: 3, min: 0, help: "as quantize takes it" },
+    "fit-rounds": { type: "integer", default: 2, min: 0, help: "as quantize takes it" },
     "fit-steps": { type: "integer", default: 50, min: 0, help: "as quantize takes it" },
-    "block-steps": { type: "integer", default: 64, min: 0, help: "as quantize takes it" },
+    "block-steps": { type: "integer", default: 32, min: 0, help: "as quantize takes it" },
     memory: { type: "string", default: "23GiB", help: "GPU memory, as quantize takes it" },
     directory: { type: "path", help: "where to write weights and work files; default: temporary" },
     software: { type: "boolean", help: "on a software adapter" },

@@ -47,7 +47,7 @@ export function f16Bytes(values: Float32Array): Uint8Array<ArrayBuffer> {
   return new Uint8Array(Float16Array.from(values).buffer);
 }
 
-/** Keeps a finished block: a safetensors file of its tensors as they will be stored. */
+/** Puts a finished block on disk: a safetensors file of its tensors as they will be stored. */
 export async function writeBlock(
   work: WorkFiles,
   layer: number,
@@ -64,6 +64,7 @@ export async function writeBlock(
   }));
   await work.remove(blockFile(layer));
   await work.write(blockFile(layer), 0, encodeSafetensors(tensors));
+  await work.sync(blockFile(layer));
 }
 
 /** Reads the tensors of a finished block as they are stored, by name. */

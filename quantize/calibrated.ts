@@ -15,7 +15,7 @@ import { seededRandom } from "../shared/random.ts";
 import type { Gpu } from "../kernels/gpu.ts";
 import { f16Bytes, layerBytes, readBlock, readBlockBytes, writeBlock } from "./block_files.ts";
 import { type CalibrationText, gather, shuffled } from "./calibration_text.ts";
-import { readEnds, readLayer, storedFloat16 } from "./float_layers.ts";
+import { checkWeights, type OnCheck, readEnds, readLayer, storedFloat16 } from "./float_layers.ts";
 import { heldMemory } from "./gpu/operation.ts";
 import type { LayerArrays } from "./gpu/tuned_layer.ts";
 import {
@@ -75,6 +75,7 @@ export interface CalibratedRun {
   work: WorkFiles;
   /** Hessians that take more are cut into bands; by default what the GPU can bind. */
   maxHessianBytes?: number;
+  onCheck?: OnCheck;
   onBlock?(report: TimedReport, done: number, total: number): void;
   /** Something within a block is finished. */
   onPart?(layer: number, what: string, seconds: number): void;
@@ -104,16 +105,10 @@ export async function quantizeCalibrated(
   run: CalibratedRun,
 ): Promise<CalibratedReport> {
   const { gpu, clock, work } = run;
-  if (checkpoint.config.codegemm) {
-    throw new FleetError("bad-usage", "The checkpoint is in CodeGEMM format already");
-  }
   const plan = planTensors(checkpoint, format, settings.keep, settings.fallback);
   const quantized = new Set(
     plan.flatMap((item) => item.type === "quantize" ? [item.matrix] : []),
   );
-  if (quantized.size === 0) {
-    throw new FleetError("bad-usage", "--keep leaves no matrix to quantize");
-  }
   const startMs = clock.nowMs();
   const sha256 = await digest(new Uint8Array(text.ids.slice().buffer));
   // Model tuning comes after the blocks; a run may go on with other settings of it.
@@ -197,7 +192,7 @@ async function quantizeBlocks(job: Job, state: State): Promise<number> {
   let checkSeconds = 0;
   if (state.blocks.length === 0) {
     // All of it now, not after hours of work.
-    for (const { source } of plan) await storedFloat16(checkpoint, source);
+    await checkWeights(checkpoint, plan, run.onCheck);
     const chosen = shuffled(text.sequences, settings.seed).subarray(0, batches * shape.sequences);
     await embed(checkpoint, gather(text, chosen), shape, work);
     checkSeconds = (clock.nowMs() - startMs) / 1000;
@@ -234,6 +229,7 @@ async function quantizeBlocks(job: Job, state: State): Promise<number> {
       throw new FleetError("gpu", `Layer ${layer} came out with numbers that are not finite`);
     }
     await writeBlock(work, layer, made.layer, config, format);
+    for (const which of ["float", "quantized"]) await work.sync(`${which}-${layer + 1}.f16`);
     watch.lap("write");
     state.blocks.push({
       ...made.report,
@@ -342,6 +338,7 @@ async function readState(work: WorkFiles, fingerprint: string): Promise<State> {
 async function writeState(work: WorkFiles, state: State): Promise<void> {
   await work.remove(`${STATE}.new`);
   await work.write(`${STATE}.new`, 0, new TextEncoder().encode(JSON.stringify(state)));
+  await work.sync(`${STATE}.new`);
   await work.rename(`${STATE}.new`, STATE);
 }
 

@@ -192,6 +192,11 @@ Deno.test("too little text, and text for another model, are refused", () => {
     cutSequences(new Uint16Array(count).fill(id), 8, 3, 64);
   assertThrows(cut(23, 0), FleetError, "2 sequences of 8, 3 are needed");
   assertThrows(cut(24, 64), FleetError, "outside the model's vocabulary of 64");
+  assertThrows(
+    () => cutSequences(new Uint16Array(30), 10, 1, 64),
+    FleetError,
+    "give a multiple of 4",
+  );
   assertEquals(cut(31, 63)().sequences, 3);
 });
 

@@ -19,7 +19,8 @@ export interface CalibrationText {
  *
  * @param tokens of each sequence, a multiple of 4
  * @param atLeast sequences that are needed
- * @throws FleetError `bad-usage` when there are too few, or an id is outside the vocabulary
+ * @throws FleetError `bad-usage` when there are too few, `tokens` is no multiple of 4, or an id is
+ *   outside the vocabulary
  */
 export function cutSequences(
   ids: Uint16Array | Uint32Array,
@@ -27,6 +28,12 @@ export function cutSequences(
   atLeast: number,
   vocabSize: number,
 ): CalibrationText {
+  if (tokens % 4 !== 0) {
+    throw new FleetError(
+      "bad-usage",
+      `--sequence ${tokens}: kernels take four tokens at a time; give a multiple of 4`,
+    );
+  }
   const sequences = Math.floor(ids.length / tokens);
   if (sequences < atLeast) {
     throw new FleetError(

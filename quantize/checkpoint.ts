@@ -3,11 +3,11 @@
  *
  * @module
  */
-import { assertFinite, type Checkpoint, formatName, toFloat16 } from "../shared/checkpoint/mod.ts";
+import { type Checkpoint, formatName } from "../shared/checkpoint/mod.ts";
 import type { Clock } from "../shared/clock.ts";
-import { FleetError } from "../shared/errors.ts";
 import type { CodeGemmFormat } from "../shared/model_config.ts";
 import { seededRandom } from "../shared/random.ts";
+import { checkWeights, type OnCheck, storedFloat16 } from "./float_layers.ts";
 import {
   matrixBytes,
   type MatrixSettings,
@@ -49,15 +49,17 @@ export interface QuantizeReport {
 /** What a quantization takes beside its settings. */
 export interface QuantizeRun {
   clock: Clock;
+  onCheck?: OnCheck;
   /** Called after each matrix. */
   onMatrix?(report: MatrixReport, done: number, total: number): void;
 }
 
 /**
- * Quantizes every linear layer of a checkpoint; embedding, output head and norms become float16.
+ * Quantizes every linear layer of a checkpoint; embedding, output head and norms become float16. All
+ * weights are looked through before anything is written.
  *
  * @throws FleetError `bad-checkpoint` when a matrix does not suit the format or holds a value that is
- *   not finite, `bad-usage` when there is nothing to quantize
+ *   not finite, `bad-usage` as `planTensors()`
  */
 export async function quantizeCheckpoint(
   checkpoint: Checkpoint,
@@ -66,33 +68,28 @@ export async function quantizeCheckpoint(
   sink: FileSink,
   run: QuantizeRun,
 ): Promise<QuantizeReport> {
-  if (checkpoint.config.codegemm) {
-    throw new FleetError("bad-usage", "The checkpoint is in CodeGEMM format already");
-  }
   const plan = planTensors(checkpoint, format, settings.keep, settings.fallback);
   const total = plan.filter((item) => item.type === "quantize").length;
-  if (total === 0) throw new FleetError("bad-usage", "--keep leaves no matrix to quantize");
+  const startMs = run.clock.nowMs();
+  await checkWeights(checkpoint, plan, run.onCheck);
   const writer = await createShardWriter(
     sink,
     plan.flatMap((item) => item.tensors),
     settings.maxShardBytes,
   );
-  const startMs = run.clock.nowMs();
   const matrices: MatrixReport[] = [];
   for (const [index, item] of plan.entries()) {
     const { name, dtype, shape, bytes } = checkpoint.info(item.source);
-    const data = await checkpoint.read(name, 0, bytes);
     if (item.type === "keep") {
-      await writer.write(name, new Uint8Array(toFloat16(name, dtype, data).buffer));
+      await writer.write(name, await storedFloat16(checkpoint, name));
       continue;
     }
-    assertFinite(name, dtype, data);
     const matrixMs = run.clock.nowMs();
     const matrix: StoredMatrix = {
       name: item.matrix,
       dtype,
       shape: [shape[0], shape[1]],
-      bytes: data,
+      bytes: await checkpoint.read(name, 0, bytes),
     };
     // A seed of its own per matrix: leaving one out does not change the others.
     const random = seededRandom(settings.seed * 2 ** 20 + index);

@@ -133,13 +133,19 @@ Deno.test("what stands in the way is said before anything is written", async () 
     "bad-checkpoint",
     "model.layers.0.mlp.down_proj (N 32, K 48)",
   );
-  const everything = { ...SETTINGS, keep: ["layers"] };
-  await refuse(
-    quantizeCheckpoint(tiny, FORMAT, everything, sink, run()),
-    files,
-    "bad-usage",
-    "--keep",
-  );
+  for (
+    const [keep, words] of [["layers", "leave no matrix"], [
+      "mlp.dwn_proj",
+      "--keep mlp.dwn_proj: no",
+    ]]
+  ) {
+    await refuse(
+      quantizeCheckpoint(tiny, FORMAT, { ...SETTINGS, keep: [keep] }, sink, run()),
+      files,
+      "bad-usage",
+      words,
+    );
+  }
   const done = memorySink();
   await quantizeCheckpoint(tiny, FORMAT, SETTINGS, done.sink, run());
   await refuse(
@@ -156,7 +162,7 @@ Deno.test("what stands in the way is said before anything is written", async () 
   );
 });
 
-Deno.test("a weight that is not finite is named, and the output is no whole checkpoint", async () => {
+Deno.test("a weight that is not finite is named before anything is written", async () => {
   const name = "model.layers.1.self_attn.o_proj.weight";
   const tensors = randomTensors(TINY_CONFIG).map((tensor) =>
     tensor.name === name
@@ -171,7 +177,7 @@ Deno.test("a weight that is not finite is named, and the output is no whole chec
     `${name}: element 40`,
   );
   assertEquals(error.code, "bad-checkpoint");
-  assert(!("model.safetensors.index.json" in files) && !("config.json" in files));
+  assertEquals(Object.keys(files), []);
 });
 
 Deno.test("shards are cut in order and within their size; a large tensor gets its own", () => {

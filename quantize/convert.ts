@@ -49,15 +49,37 @@ const AqlmSection = z.object({
   nbits_per_codebook: z.number().int().min(8, BITS).max(16, BITS),
 });
 
-/** The format that holds an AQLM checkpoint. */
+/**
+ * The format that holds an AQLM checkpoint.
+ *
+ * @throws FleetError `bad-checkpoint` that says what it is, or has, instead
+ */
 export function aqlmFormat(configJson: string): CodeGemmFormat {
-  const parsed = AqlmSection.safeParse(JSON.parse(configJson).quantization_config);
+  const { quantization_config: section, codegemm } = parseJson(configJson);
+  if (codegemm !== undefined) {
+    throw bad("config.json: this is a CodeGEMM checkpoint; it runs as it is");
+  }
+  if (section === undefined) {
+    throw bad(
+      "config.json has no quantization_config: this is no AQLM checkpoint; deno task quantize turns " +
+        "a float one into one to run",
+    );
+  }
+  const parsed = AqlmSection.safeParse(section);
   if (!parsed.success) {
     const { path, message } = parsed.error.issues[0];
     throw bad(`config.json: ${["quantization_config", ...path].join(".")}: ${message}`);
   }
   const { in_group_size: v, num_codebooks: m, nbits_per_codebook: b } = parsed.data;
   return { m, v, g: ROW_SCALE, b };
+}
+
+function parseJson(configJson: string): Record<string, unknown> {
+  try {
+    return JSON.parse(configJson);
+  } catch (cause) {
+    throw new FleetError("bad-checkpoint", "config.json is not JSON", { cause });
+  }
 }
 
 /** What is written of a source: a matrix of codes, or a float tensor. */

@@ -111,6 +111,16 @@ Deno.test("what AQLM has and cannot run is refused by name, before anything is w
   });
 });
 
+Deno.test("a checkpoint that is none of AQLM's is told what to do with it", async () => {
+  const refuse = async (config: string, words: string) => {
+    const error = await assertRejects(() => convert({ "config.json": config }), FleetError, words);
+    assertEquals(error.code, "bad-checkpoint");
+  };
+  await refuse(JSON.stringify(TINY_CONFIG), "no AQLM checkpoint; deno task quantize");
+  await refuse(JSON.stringify({ ...TINY_CONFIG, codegemm: {} }), "runs as it is");
+  await refuse("{", "config.json is not JSON");
+});
+
 Deno.test("a code that its bits do not hold is found", async () => {
   const name = "model.layers.1.mlp.down_proj.codes";
   const { files } = aqlmFiles({ m: 1, v: 4, b: 12 }, {

@@ -49,6 +49,11 @@ export async function workDirectory(path: string): Promise<{ sink: FileSink; wor
     work: {
       ...directorySource(inside),
       ...sinkAt(inside),
+      sync: (name) =>
+        guarded(name, async () => {
+          using file = await Deno.open(`${inside}/${name}`, { write: true });
+          await file.sync();
+        }),
       rename: (from, to) =>
         guarded(from, () => Deno.rename(`${inside}/${from}`, `${inside}/${to}`)),
       remove: (name) =>

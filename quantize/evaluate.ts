@@ -81,7 +81,17 @@ if (import.meta.main) {
     });
     const tokens = await readTokenFile(flags.tokens);
     const open = (path: string) => openCheckpoint(directorySource(path));
+    const names = flags.model.split(",").filter(Boolean);
+    if (names.length === 0) throw new FleetError("bad-usage", "--model names no directory");
     const reference = flags.reference === undefined ? null : await open(flags.reference);
+    // All of them now, not after the first has been measured.
+    const models: { name: string; path: string; checkpoint: Checkpoint }[] = [];
+    for (const name of names) {
+      const path = resolve(Deno.env.get("INIT_CWD") ?? ".", name);
+      const checkpoint = await open(path);
+      checkText(path, checkpoint, tokens, reference);
+      models.push({ name, path, checkpoint });
+    }
     const gpu = await Gpu.open({ software: flags.software });
     const load = (checkpoint: Checkpoint) =>
       StageChain.load({
@@ -93,11 +103,8 @@ if (import.meta.main) {
     try {
       const measure = reference ? await load(reference) : null;
       const rows: EvaluateRow[] = [];
-      for (const name of flags.model.split(",")) {
-        const path = resolve(Deno.env.get("INIT_CWD") ?? ".", name);
-        const checkpoint = await open(path);
+      for (const { name, path, checkpoint } of models) {
         const { vocabSize, codegemm } = checkpoint.config;
-        checkText(path, checkpoint, tokens, reference);
         const chain = await load(checkpoint);
         const startedMs = performance.now();
         const options: JudgeOptions = {

@@ -16,6 +16,28 @@ export async function storedFloat16(
   return new Uint8Array(toFloat16(name, dtype, await checkpoint.read(name, 0, bytes)).buffer);
 }
 
+/** Hears how many bytes of how many have been looked through. */
+export type OnCheck = (doneBytes: number, totalBytes: number) => void;
+
+/**
+ * Looks through all weights, so that a damaged one is found before hours of work.
+ *
+ * @throws FleetError `bad-checkpoint` that names the tensor and the element
+ */
+export async function checkWeights(
+  checkpoint: Checkpoint,
+  tensors: readonly { source: string }[],
+  onCheck?: OnCheck,
+): Promise<void> {
+  const size = ({ source }: { source: string }) => checkpoint.info(source).bytes;
+  const total = tensors.reduce((sum, tensor) => sum + size(tensor), 0);
+  let done = 0;
+  for (const tensor of tensors) {
+    await storedFloat16(checkpoint, tensor.source);
+    onCheck?.(done += size(tensor), total);
+  }
+}
+
 /** A float tensor as float32, checked. */
 async function readFloats(
   checkpoint: Checkpoint,

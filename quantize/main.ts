@@ -18,6 +18,7 @@ import type { TuneRates } from "./gpu/tuned_layer.ts";
 import { directorySink, requireSpace, workDirectory } from "./directory.ts";
 import { planTensors } from "./output.ts";
 import { describePlan, planQuantization } from "./plan.ts";
+import { duration, progressLines } from "./progress.ts";
 import { readTokenFile } from "./token_file.ts";
 
 const COMMAND = {
@@ -54,8 +55,8 @@ const COMMAND = {
       type: "integer",
       default: 64,
       min: 1,
-      help: "sequences that blocks are fitted and tuned on; 256, with --block-steps 64 and " +
-        "--batch 4, for models that are too large to be tuned whole",
+      help: "sequences that blocks are fitted and tuned on; for models that are too large to be " +
+        "tuned whole 128, with --batch 4 --fit-rounds 2 --block-steps 32 --model-steps 0",
     },
     "fit-rounds": {
       type: "integer",
@@ -150,7 +151,7 @@ async function main(): Promise<void> {
     : await plain(values);
   // What was written is read back as any reader would: headers, shapes, config.
   await openCheckpoint(directorySource(values.out));
-  console.error(`${values.out} is done, in ${seconds.toFixed(0)} s`);
+  console.error(`${values.out} is done, in ${duration(seconds)}`);
 }
 
 function common(values: Flags) {
@@ -161,6 +162,11 @@ function common(values: Flags) {
     maxShardBytes: values["shard-size"],
   };
 }
+
+const progress = ({ verbose }: Flags) =>
+  progressLines(systemClock, (line) => console.error(line), { parts: verbose });
+
+const gib = (bytes: number) => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
 
 async function plain(values: Flags): Promise<number> {
   const checkpoint = await openCheckpoint(directorySource(values.in));
@@ -175,6 +181,7 @@ async function plain(values: Flags): Promise<number> {
     sink,
     {
       clock: systemClock,
+      onCheck: progress(values).onCheck,
       onMatrix({ name, relativeError, seconds }, done, total) {
         const error = (100 * relativeError).toFixed(2);
         console.error(`${done}/${total} ${name}: error ${error} %, ${seconds.toFixed(1)} s`);
@@ -187,7 +194,13 @@ async function plain(values: Flags): Promise<number> {
 /** What a calibrated run is made from. */
 async function prepare(values: Flags, path: string) {
   const checkpoint = await openCheckpoint(directorySource(values.in));
-  const format = parseFormat(values.format);
+  const format = parseFormat(values.format), { contextTokens } = checkpoint.config;
+  if (values.sequence > contextTokens) {
+    throw new FleetError(
+      "bad-usage",
+      `--sequence ${values.sequence} is longer than the model's context of ${contextTokens} tokens`,
+    );
+  }
   const text = cutSequences(
     await readTokenFile(path),
     values.sequence,
@@ -209,8 +222,8 @@ async function prepare(values: Flags, path: string) {
   const plan = () => planQuantization(checkpoint, format, settings, text);
   if (plan().modelGpuBytes > values.memory) {
     console.error(
-      `Tuning the whole model would take more than --memory ${values.memory} bytes of the GPU; ` +
-        "its blocks are tuned only",
+      `Tuning the whole model would take ${gib(plan().modelGpuBytes)} of GPU memory, --memory ` +
+        `allows ${gib(values.memory)}: only its blocks are tuned`,
     );
     settings.modelSteps = 0;
   }
@@ -244,52 +257,17 @@ async function calibrated(values: Flags, path: string): Promise<number> {
     if (blockGpuBytes > values.memory) {
       throw new FleetError(
         "out-of-memory",
-        `A block takes ${
-          (blockGpuBytes / 2 ** 30).toFixed(1)
-        } GiB of GPU memory, --memory allows ` +
-          `${(values.memory / 2 ** 30).toFixed(1)} GiB; lower --batch, or raise --memory`,
+        `A block takes ${gib(blockGpuBytes)} of GPU memory, --memory allows ` +
+          `${gib(values.memory)}; lower --batch or --sequence, or raise --memory`,
       );
     }
     const files = await workDirectory(values.out);
     await requireSpace(values.out, workBytes + outputBytes);
-    const startMs = performance.now();
-    const left = (done: number, total: number) => {
-      const seconds = (performance.now() - startMs) / 1000;
-      return `${(seconds / done * (total - done)).toFixed(0)} s to go`;
-    };
-    let stepsFromMs: number | null = null, stepsFrom: number | null = null;
     const report = await quantizeCalibrated(checkpoint, format, text, settings, {
       gpu,
       clock: systemClock,
       ...files,
-      onPart(layer, what, seconds) {
-        if (values.verbose) {
-          console.error(`block ${layer + 1}: ${what}, ${seconds.toFixed(1)} s`);
-        }
-      },
-      onBlock({ matrices, outputError, seconds }, done, total) {
-        const mean = (errors: number[]) =>
-          (100 * errors.reduce((sum, error) => sum + error, 0) / errors.length).toFixed(2);
-        console.error(
-          `block ${done}/${total}: weighted error ${
-            mean(matrices.map((m) => m.errorBefore))
-          } % -> ` +
-            `${mean(matrices.map((m) => m.errorAfter))} %, output ${
-              (100 * outputError).toFixed(2)
-            } %, ${seconds.toFixed(1)} s, blocks: ${left(done, total)}`,
-        );
-      },
-      onStep(done, total, divergence) {
-        const now = performance.now();
-        stepsFromMs ??= now;
-        stepsFrom ??= done;
-        const each = done > stepsFrom ? (now - stepsFromMs) / (done - stepsFrom) : 0;
-        console.error(
-          `step ${done}/${total}: divergence ${divergence.toFixed(4)}, ${
-            each.toFixed(0)
-          } ms a step, ${(each * (total - done) / 1000).toFixed(0)} s to go`,
-        );
-      },
+      ...progress(values),
     });
     return report.seconds;
   } finally {

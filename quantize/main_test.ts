@@ -70,10 +70,10 @@ Deno.test("the command keeps in float16 what the format does not suit, where it 
 Deno.test("the command plans without a GPU, and writes nothing", () =>
   withCommand(async (quantize, path) => {
     await Deno.writeTextFile(`${path}/text.json`, JSON.stringify({ tokens: Array(64).fill(7) }));
-    const plan = (batch: string) =>
+    const plan = (batch: string, sequence = "8") =>
       quantize(
         ...["--out", `${path}/out`, "--format", "m1v4g16", "--dry-run"],
-        ...["--calibration", `${path}/text.json`, "--sequence", "8", "--batch", batch],
+        ...["--calibration", `${path}/text.json`, "--sequence", sequence, "--batch", batch],
       );
     const planned = await plan("4");
     assertEquals(planned.code, 0, planned.stderr);
@@ -81,5 +81,8 @@ Deno.test("the command plans without a GPU, and writes nothing", () =>
     const short = await plan("9");
     assertEquals(short.code, 2);
     assertStringIncludes(short.stderr, "Too little calibration text");
+    const long = await plan("1", "132");
+    assertEquals(long.code, 2);
+    assertStringIncludes(long.stderr, "longer than the model's context of 128 tokens");
     assertEquals([...Deno.readDirSync(path)].some(({ name }) => name === "out"), false);
   }));

@@ -42,7 +42,8 @@ export type PlannedTensors =
  *
  * @param keep matrices whose names contain one of these, at dots, stay float16
  * @param fallback what becomes of a matrix whose shape does not suit the format
- * @throws FleetError `bad-checkpoint` that names such a matrix, where there is no fallback
+ * @throws FleetError `bad-checkpoint` that names such a matrix, where there is no fallback; `bad-usage`
+ *   when the checkpoint is quantized already, a name in `keep` is no matrix's, or none is left
  */
 export function planTensors(
   checkpoint: Checkpoint,
@@ -51,14 +52,26 @@ export function planTensors(
   fallback?: "float16",
 ): PlannedTensors[] {
   const { config } = checkpoint;
+  if (config.codegemm) {
+    throw new FleetError("bad-usage", "The checkpoint is in CodeGEMM format already");
+  }
   const sources = new Map(
     allParts(config).flatMap((part) => wantedTensors(config, part)).map((t) => [t.name, t.shape]),
   );
-  return [...sources].map(([source, shape]): PlannedTensors => {
+  const contains = (source: string, part: string) => `.${source}.`.includes(`.${part}.`);
+  const unknown = keep.find((part) => ![...sources.keys()].some((name) => contains(name, part)));
+  if (unknown !== undefined) {
+    throw new FleetError(
+      "bad-usage",
+      `--keep ${unknown}: no matrix has that in its name, such as model.layers.0.mlp.down_proj, ` +
+        "between dots",
+    );
+  }
+  const plan = [...sources].map(([source, shape]): PlannedTensors => {
     const matrix = source.replace(/\.weight$/, "");
     const linear = LINEAR_NAMES.some((name) => matrix.endsWith(`.${name}`));
     if (
-      !linear || keep.some((part) => `.${matrix}.`.includes(`.${part}.`)) ||
+      !linear || keep.some((part) => contains(source, part)) ||
       fallback === "float16" && !suits(format, matrix, shape)
     ) {
       return { type: "keep", source, tensors: [stored({ name: source, shape, dtypes: ["F16"] })] };
@@ -68,6 +81,10 @@ export function planTensors(
     const tensors = codegemmTensors(format, matrix, [n, k]).map(stored);
     return { type: "quantize", source, matrix, tensors };
   });
+  if (!plan.some(({ type }) => type === "quantize")) {
+    throw new FleetError("bad-usage", "--keep and --fallback leave no matrix to quantize");
+  }
+  return plan;
 }
 
 function suits(format: CodeGemmFormat, matrix: string, [n, k]: number[]): boolean {

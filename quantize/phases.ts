@@ -45,10 +45,16 @@ export class Stopwatch {
     this.#lapMs = nowMs;
   }
 
-  /** Something is finished that somebody who waits wants to hear of. */
-  tell(what: string): void {
+  /**
+   * Something is finished that somebody who waits wants to hear of.
+   *
+   * @returns seconds since the last was
+   */
+  tell(what: string): number {
     const nowMs = this.#clock.nowMs();
-    this.#onTold?.(what, (nowMs - this.#toldMs) / 1000);
+    const seconds = (nowMs - this.#toldMs) / 1000;
+    this.#onTold?.(what, seconds);
     this.#toldMs = nowMs;
+    return seconds;
   }
 }

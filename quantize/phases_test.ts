@@ -15,7 +15,7 @@ Deno.test("a stopwatch gives each phase its laps, and tells what ended with the 
   watch.lap("codebooks");
   await pass(250);
   watch.lap("codes");
-  watch.tell("a matrix");
+  assertEquals(watch.tell("a matrix"), 2.25);
   const zeros = Object.fromEntries(PHASES.map((phase) => [phase, 0]));
   assertEquals(watch.seconds as object, { ...zeros, read: 2, codes: 0.75, codebooks: 1.5 });
   assertEquals(told, [["weights", 2], ["a matrix", 2.25]]);

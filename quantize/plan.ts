@@ -15,6 +15,7 @@ import { gradientChunks } from "./gpu/coded_matrix.ts";
 import { BLOCK_INPUTS, type BlockInput } from "./gpu/forward.ts";
 import { planTensors } from "./output.ts";
 import type { Phase } from "./phases.ts";
+import { duration } from "./progress.ts";
 
 /** What a quantization takes. */
 export interface QuantizationPlan {
@@ -30,13 +31,29 @@ export interface QuantizationPlan {
   modelGpuBytes: number;
   /** Floating-point operations of each phase, over all blocks; those of model tuning apart. */
   operations: Record<GpuPhase | "model", number>;
+  /** Of the whole run, at the rates measured on an NVIDIA H200. */
+  seconds: number;
 }
 
 /** Phases whose time the GPU decides. */
 export type GpuPhase = Exclude<Phase, "read" | "write">;
 
-/** Operations per second that a whole run over story-16m reached on an NVIDIA H200. */
-export const MEASURED_FLOPS = 7e12;
+/**
+ * Operations per second that the phases reached on an NVIDIA H200: those of blocks in Llama-3 70B's shape
+ * (`deno task bench quantize`), that of model tuning with story-16m.
+ */
+const MEASURED_RATES: Record<GpuPhase | "model", number> = {
+  capture: 20.3e12,
+  codes: 11.8e12,
+  codebooks: 24.8e12,
+  tuning: 14.3e12,
+  outputs: 12.9e12,
+  model: 9e12,
+};
+/** Float bytes per second through the rest of it: looked through, read, to the GPU, result written. */
+const MEASURED_BYTE_RATE = 88e6;
+/** What a block takes where its products take nothing, as story-16m's: first codebooks, small work. */
+const BLOCK_SECONDS = 1.8;
 /** Memory of the process itself, and of what the garbage collector has not yet taken. */
 const PROCESS_BYTES = 2 ** 30;
 /** What the GPU holds beside the buffers planned here: driver, staging, partial products. */
@@ -47,11 +64,6 @@ const FIT_COPIES = 4;
 /** Columns of change that a search hands on. */
 const CHANGE_COLUMNS = 128;
 const CENTROIDS = 256;
-
-/** All of it: each of the phases, and model tuning. */
-export function totalOperations({ operations }: QuantizationPlan): number {
-  return Object.values(operations).reduce((sum, count) => sum + count, 0);
-}
 
 /**
  * Plans a quantization.
@@ -68,10 +80,12 @@ export function planQuantization(
   const { config } = checkpoint, { m, v, g } = format;
   const { hiddenSize: hidden, vocabSize, layers, tiedEmbeddings } = config;
   const items = planTensors(checkpoint, format, settings.keep, settings.fallback);
-  let weights = 0, stored = 0;
+  let weights = 0, stored = 0, floatBytes = 0;
   const keptOfLayer = new Map<string, number>();
   for (const item of items) {
-    const count = checkpoint.info(item.source).shape.reduce((a, b) => a * b);
+    const { shape, bytes } = checkpoint.info(item.source);
+    const count = shape.reduce((a, b) => a * b);
+    floatBytes += bytes;
     if (item.type === "quantize") {
       weights += count;
       stored += item.tensors.reduce((sum, tensor) => sum + tensor.bytes, 0);
@@ -110,6 +124,7 @@ export function planQuantization(
   const state = layers *
     (2 * coded + 4 * (layerWeights / g + LINEAR_NAMES.length * m * CENTROIDS * v) + copies);
   const streams = 4 * blockTokens * hidden * 2;
+  const operations = countOperations(config, settings, sizes, text, rows, blockTokens);
   return {
     bitsPerWeight: weights === 0 ? 16 : 8 * stored / weights,
     outputBytes,
@@ -133,7 +148,8 @@ export function planQuantization(
           forward + coded + kept + comparison,
         ),
     modelGpuBytes: settings.modelSteps === 0 ? 0 : DRIVER_BYTES + F32 * Math.max(teacher, student),
-    operations: countOperations(config, settings, sizes, text, rows, blockTokens),
+    operations,
+    seconds: estimateSeconds(operations, layers, floatBytes),
   };
 }
 
@@ -203,12 +219,23 @@ function countOperations(
   };
 }
 
+function estimateSeconds(
+  operations: QuantizationPlan["operations"],
+  layers: number,
+  floatBytes: number,
+): number {
+  let seconds = layers * BLOCK_SECONDS + floatBytes / MEASURED_BYTE_RATE;
+  for (const [phase, count] of Object.entries(operations)) {
+    seconds += count / MEASURED_RATES[phase as keyof typeof operations];
+  }
+  return seconds;
+}
+
 /** The plan as people read it. */
 export function describePlan(plan: QuantizationPlan): string {
   const gib = (bytes: number) =>
     bytes < 2 ** 30 ? `${(bytes / 2 ** 20).toFixed(0)} MiB` : `${(bytes / 2 ** 30).toFixed(1)} GiB`;
-  const operations = totalOperations(plan), seconds = operations / MEASURED_FLOPS;
-  const time = seconds < 600 ? `${seconds.toFixed(0)} s` : `${(seconds / 3600).toFixed(1)} h`;
+  const operations = Object.values(plan.operations).reduce((sum, count) => sum + count, 0);
   return [
     `bits per quantized weight  ${plan.bitsPerWeight.toFixed(3)}`,
     `output                     ${gib(plan.outputBytes)}`,
@@ -218,7 +245,7 @@ export function describePlan(plan: QuantizationPlan): string {
     `GPU memory, whole model    ${
       plan.modelGpuBytes ? gib(plan.modelGpuBytes) : "not tuned whole"
     }`,
-    `matrix products            ${(operations / 1e12).toFixed(0)} TFLOP, ` +
-    `${time} at the ${MEASURED_FLOPS / 1e12} TFLOP/s measured on an NVIDIA H200`,
+    `matrix products            ${(operations / 1e12).toPrecision(3)} TFLOP`,
+    `time                       about ${duration(plan.seconds)} on an NVIDIA H200`,
   ].join("\n");
 }

@@ -53,10 +53,18 @@ export interface BlockTask {
   maxHessianBytes: number;
 }
 
-/** What became of a block. Errors are relative. */
+/** What became of a matrix. Errors are relative, weighted by the Hessian; before: plain k-means. */
+export interface MatrixFit {
+  name: LinearName;
+  errorBefore: number;
+  errorAfter: number;
+  seconds: number;
+}
+
+/** What became of a block. */
 export interface BlockReport {
-  matrices: { name: LinearName; errorBefore: number; errorAfter: number }[];
-  /** Of the layer's output, from the quantized model's inputs, against the float model's. */
+  matrices: MatrixFit[];
+  /** Relative, of the layer's output from the quantized model's inputs, against the float model's. */
   outputError: number;
 }
 
@@ -93,7 +101,7 @@ async function fitMatrices(
   settings: BlockSettings,
   random: Random,
   watch: Stopwatch,
-): Promise<{ matrices: LayerArrays["matrices"]; reports: BlockReport["matrices"] }> {
+): Promise<{ matrices: LayerArrays["matrices"]; reports: MatrixFit[] }> {
   const keeper = new Recorder(gpu);
   try {
     const hessians = await capture(gpu, keeper, task);
@@ -102,7 +110,7 @@ async function fitMatrices(
     const start = startCodebooks(task, settings, random);
     watch.lap("codebooks");
     const matrices = {} as LayerArrays["matrices"];
-    const reports: BlockReport["matrices"] = [];
+    const reports: MatrixFit[] = [];
     for (const name of LINEAR_NAMES) {
       const weights = task.layer.matrices[name], shape = linearShape(task.config, name);
       if (task.kept.has(name)) {
@@ -120,8 +128,10 @@ async function fitMatrices(
         watch,
       );
       matrices[name] = arrays;
-      reports.push({ name, errorBefore, errorAfter });
-      watch.tell(`${name}, error ${percent(errorBefore)} -> ${percent(errorAfter)}`);
+      const seconds = watch.tell(
+        `${name}, error ${percent(errorBefore)} -> ${percent(errorAfter)}`,
+      );
+      reports.push({ name, errorBefore, errorAfter, seconds });
     }
     return { matrices, reports };
   } finally {

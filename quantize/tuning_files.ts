@@ -52,9 +52,11 @@ export async function writeProgress(
       await work.write(file, offset, bytes);
       offset += bytes.length;
     });
+    await work.sync(file);
   }
   await work.remove(`${PROGRESS}.new`);
   await work.write(`${PROGRESS}.new`, 0, new TextEncoder().encode(JSON.stringify(progress)));
+  await work.sync(`${PROGRESS}.new`);
   await work.rename(`${PROGRESS}.new`, PROGRESS);
   for (const name of await work.list()) {
     if (/^tuning-\d+\.bin$/.test(name) && name !== file) await work.remove(name);

@@ -8,6 +8,8 @@ import type { FileSink } from "./writer.ts";
 
 /** Files that are written, read back, and removed in the end. */
 export interface WorkFiles extends FileSource, FileSink {
+  /** Resolves when what was written of a file is on the disk, and outlasts a power cut. */
+  sync(name: string): Promise<void>;
   /** Puts a file in another's place, at once or not at all. */
   rename(from: string, to: string): Promise<void>;
   /** Removes a file where there is one. */
@@ -33,6 +35,7 @@ export function memoryWork(files: Map<string, Uint8Array<ArrayBuffer>> = new Map
       files.set(name, grown);
       return Promise.resolve();
     },
+    sync: () => Promise.resolve(),
     rename(from, to) {
       files.set(to, files.get(from)!);
       files.delete(from);
