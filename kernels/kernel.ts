@@ -15,7 +15,7 @@ export interface StepShape {
   rows: number;
   /** Rows of the output head (requests of the step). */
   outputs: number;
-  /** The largest position of a row, plus one. */
+  /** The largest position of a row, plus one, or somewhat more. */
   contextTokens: number;
 }
 

@@ -57,8 +57,6 @@ class PendingStep implements Ticket {
 
   constructor(
     readonly id: number,
-    readonly shape: TransformerShape,
-    /** The shape as far as it decides what is encoded. */
     readonly counts: TransformerShape,
     readonly requests: RowRequest[],
   ) {}
@@ -147,12 +145,11 @@ export class StageModel implements StageSteps {
     checkBatch(this.spec, batch, hidden);
     this.#head?.sampler.write(batch.requests, batch.rowPosition);
     if (hidden) this.#gpu.write(memory.buffers.frame, 0, hidden as Uint16Array<ArrayBuffer>);
-    const shape = inputs.write(batch);
-    const counts = dispatchCounts(shape);
+    const counts = inputs.write(batch);
     this.#repeats = this.#counts !== null && sameCounts(this.#counts, counts);
     this.#counts = counts;
 
-    const step = new PendingStep(this.#submitted++, shape, counts, batch.requests);
+    const step = new PendingStep(this.#submitted++, counts, batch.requests);
     const commands = this.#encode(step);
     // What is encoded first is submitted first: the GPU is at work while the rest is encoded.
     if (this.#pending.length === 0 || !readback.immediate) this.#start(step, commands);
@@ -269,8 +266,8 @@ export class StageModel implements StageSteps {
   #encodeLast(step: PendingStep): GPUCommandBuffer {
     const { readback, timer } = this.#resources;
     const encoder = this.#gpu.device.createCommandEncoder({ label: `outputs of step ${step.id}` });
-    this.#encodePass(encoder, step.id, step.counts, this.#parts.at(-1)!, step.shape);
-    const ranges = this.#outputRanges(step.shape.rows, step.requests);
+    this.#encodePass(encoder, step.id, step.counts, this.#parts.at(-1)!, step.counts);
+    const ranges = this.#outputRanges(step.counts.rows, step.requests);
     if (timer) ranges.push(timer.resolve(encoder, step.id % IN_FLIGHT));
     step.slot = readback.copy(encoder, ranges);
     return encoder.finish();
@@ -297,18 +294,9 @@ export class StageModel implements StageSteps {
     if (this.#head) {
       return { hidden: null, results: this.#head.sampler.decode(bytes, step.requests) };
     }
-    const elements = step.shape.rows * this.spec.config.hiddenSize;
+    const elements = step.counts.rows * this.spec.config.hiddenSize;
     return { hidden: new Uint16Array(bytes.buffer, bytes.byteOffset, elements), results: [] };
   }
-}
-
-/** Context lengths are told apart in steps of this much: what is past a row's position ends at once. */
-const CONTEXT_STEP = 256;
-
-/** What decides the dispatches of a step's layers. */
-function dispatchCounts(step: TransformerShape): TransformerShape {
-  const contextTokens = Math.ceil(step.contextTokens / CONTEXT_STEP) * CONTEXT_STEP;
-  return { ...step, contextTokens };
 }
 
 function sameCounts(a: TransformerShape, b: TransformerShape): boolean {

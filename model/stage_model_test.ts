@@ -142,6 +142,29 @@ for (const name of ["codegemm m1v4g32", STACKED]) {
     withGpu((gpu) => changesNoBit(gpu, MODELS[name])));
 }
 
+Deno.test("as many decode rows as a stage of short contexts allows have the bits that they have alone", () =>
+  withGpu(async (gpu) => {
+    const config = MODELS[STACKED];
+    const limits = { ...LIMITS, maxRows: 8, maxOutputs: 8, contextTokens: 64 };
+    const tokens = randomTokens(config, 40, 6);
+    const pages = [Uint32Array.of(5, 2)];
+    const run = async (each: number) => {
+      const tensors = randomModel(config, 5);
+      const chain = await StageChain.load({ gpu, config, tensors, limits });
+      const bits: Uint32Array[] = [];
+      for (let at = 0; at < 32; at += 8) {
+        await chain.step(stepBatch(pages, rowsOf(0, tokens, at, at + 8), 0));
+      }
+      for (let at = 32; at < 40; at += each) {
+        const rows = rowsOf(0, tokens, at, at + each);
+        bits.push(...await logitBits(chain, stepBatch(pages, rows, each)));
+      }
+      chain.destroy();
+      return bits;
+    };
+    assertEquals(await run(8), await run(1));
+  }));
+
 async function changesNoBit(gpu: Gpu, config: ModelConfig): Promise<void> {
   const tensors = randomModel(config, 5);
   const tokens = randomTokens(config, 37, 3);

@@ -17,6 +17,9 @@ import {
   type TransformerShape,
 } from "./inputs.ts";
 
+/** Context lengths are told apart in steps of this much: what is past a row's position ends at once. */
+const CONTEXT_STEP = 256;
+
 /** The inputs of one step after another. */
 export class StepBuffers implements StepInputs {
   readonly step: GPUBuffer;
@@ -27,6 +30,7 @@ export class StepBuffers implements StepInputs {
   readonly #gpu: Gpu;
   readonly #tileRows: number;
   readonly #rowWords: Uint32Array<ArrayBuffer>;
+  readonly #longest: number;
   readonly #tableWords: Uint32Array<ArrayBuffer>;
   readonly #tileWords: Uint32Array<ArrayBuffer>;
   readonly #outputWords: Uint32Array<ArrayBuffer>;
@@ -35,6 +39,7 @@ export class StepBuffers implements StepInputs {
   constructor(gpu: Gpu, limits: StageLimits, tileRows: number) {
     this.#gpu = gpu;
     this.#tileRows = tileRows;
+    this.#longest = limits.contextTokens;
     this.#rowWords = new Uint32Array(limits.maxRows * ROW_WORDS);
     this.#tableWords = new Uint32Array(limits.maxSequences * pagesPerSequence(limits));
     this.#tileWords = new Uint32Array(limits.maxRows * TILE_WORDS);
@@ -46,7 +51,7 @@ export class StepBuffers implements StepInputs {
     this.outputRows = gpu.storage("step output rows", this.#outputWords.byteLength);
   }
 
-  /** Writes a batch that is within the limits; returns its counts. */
+  /** Writes a batch that is within the limits; returns its counts, those that the GPU is told. */
   write(batch: StepBatch): TransformerShape {
     const tableStarts = this.#packPageTables(batch);
     const rows = batch.rowToken.length;
@@ -63,7 +68,13 @@ export class StepBuffers implements StepInputs {
     const outputs = batch.requests.length;
     batch.requests.forEach((request, output) => this.#outputWords[output] = request.row);
 
-    const shape = { decodeRows: batch.decodeRows, rows, outputs, contextTokens, prefillTiles };
+    const shape = {
+      decodeRows: batch.decodeRows,
+      rows,
+      outputs,
+      contextTokens: this.#coarse(contextTokens),
+      prefillTiles,
+    };
     this.#gpu.write(this.step, 0, stepWords(shape));
     this.#gpu.write(this.rows, 0, this.#rowWords.subarray(0, rows * ROW_WORDS));
     this.#gpu.write(this.pageTables, 0, this.#tableWords.subarray(0, tableStarts.at(-1)));
@@ -79,6 +90,12 @@ export class StepBuffers implements StepInputs {
 
   destroy(): void {
     this.#buffers().forEach((buffer) => buffer.destroy());
+  }
+
+  /** A context length, told apart in steps of {@linkcode CONTEXT_STEP} and within the limits. */
+  #coarse(contextTokens: number): number {
+    const coarse = Math.ceil(contextTokens / CONTEXT_STEP) * CONTEXT_STEP;
+    return Math.max(contextTokens, Math.min(coarse, this.#longest));
   }
 
   #buffers(): GPUBuffer[] {
