@@ -14,7 +14,7 @@ import { type CodeGemmFormat, LINEAR_NAMES, type LinearName } from "../shared/mo
 import { seededRandom } from "../shared/random.ts";
 import type { Gpu } from "../kernels/gpu.ts";
 import { f16Bytes, layerBytes, readBlock, readBlockBytes, writeBlock } from "./block_files.ts";
-import { type CalibrationText, gather, shuffled } from "./calibration_text.ts";
+import { blockBatches, type CalibrationText, gather, shuffled } from "./calibration_text.ts";
 import { checkWeights, type OnCheck, readEnds, readLayer, storedFloat16 } from "./float_layers.ts";
 import { heldMemory } from "./gpu/operation.ts";
 import type { LayerArrays } from "./gpu/tuned_layer.ts";
@@ -184,10 +184,7 @@ interface Job {
 async function quantizeBlocks(job: Job, state: State): Promise<number> {
   const { checkpoint, format, text, settings, run, plan, shape } = job;
   const { config } = checkpoint, { gpu, clock, work } = run;
-  const batches = Math.max(
-    1,
-    Math.floor(Math.min(settings.blockSequences, text.sequences) / shape.sequences),
-  );
+  const batches = blockBatches(settings, text.sequences);
   const startMs = clock.nowMs();
   let checkSeconds = 0;
   if (state.blocks.length === 0) {

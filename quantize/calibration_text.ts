@@ -53,6 +53,14 @@ export function cutSequences(
   return { ids, tokens, sequences };
 }
 
+/** Whole batches of the sequences that blocks are fitted and tuned on; one at least. */
+export function blockBatches(
+  { blockSequences, batchSequences }: { blockSequences: number; batchSequences: number },
+  sequences: number,
+): number {
+  return Math.max(1, Math.floor(Math.min(blockSequences, sequences) / batchSequences));
+}
+
 /** All numbers below `count` in a random order that `seed` decides. */
 export function shuffled(count: number, seed: number): Uint32Array {
   const random = seededRandom(seed);

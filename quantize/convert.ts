@@ -97,17 +97,24 @@ interface AqlmMatrix {
   scales: StoredTensor;
 }
 
+/** What a conversion tells. */
+export interface ConvertRun {
+  onPlanned?(bytes: number): Promise<void>;
+  onMatrix?(name: string, done: number, total: number): void;
+}
+
 /**
  * Converts a checkpoint. Everything is checked but the values before anything is written.
  *
- * @param onMatrix called after each matrix, with how many there are
+ * @param run what is told: before anything is written, how many bytes of tensors there will be (a
+ *   rejection ends it there); after each matrix, how many there are
  * @throws FleetError `bad-checkpoint` that names what cannot be read
  */
 export async function convertAqlm(
   files: FileSource,
   sink: FileSink,
   maxShardBytes: number,
-  onMatrix?: (name: string, done: number, total: number) => void,
+  run: ConvertRun = {},
 ): Promise<CodeGemmFormat> {
   const names = await files.list();
   if (!names.includes("config.json")) {
@@ -118,11 +125,9 @@ export async function convertAqlm(
   const format = aqlmFormat(aqlmJson);
   const configJson = convertedConfig(aqlmJson, format);
   const planned = planConversion(configJson, await storedTensors(files, names), format);
-  const writer = await createShardWriter(
-    sink,
-    planned.flatMap((item) => item.tensors),
-    maxShardBytes,
-  );
+  const tensors = planned.flatMap((item) => item.tensors);
+  await run.onPlanned?.(tensors.reduce((sum, { bytes }) => sum + bytes, 0));
+  const writer = await createShardWriter(sink, tensors, maxShardBytes);
   const total = planned.filter((item) => item.type === "matrix").length;
   let done = 0;
   for (const { type, source, tensors } of planned) {
@@ -137,7 +142,7 @@ export async function convertAqlm(
     // Of one output row per code, and of one scale per row: the same elements in the same order.
     await writer.write(codebooks.name, readHalves(files, source.codebooks));
     await writer.write(scales.name, readHalves(files, source.scales));
-    onMatrix?.(source.name, ++done, total);
+    run.onMatrix?.(source.name, ++done, total);
   }
   for (const name of COPIED.filter((name) => names.includes(name))) {
     await sink.write(name, 0, await whole(name));

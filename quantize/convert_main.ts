@@ -7,7 +7,7 @@ import { formatName, openCheckpoint } from "../shared/checkpoint/mod.ts";
 import { directorySource } from "../shared/checkpoint/directory.ts";
 import { parseFlags, runCommand } from "../shared/flags.ts";
 import { convertAqlm } from "./convert.ts";
-import { directorySink } from "./directory.ts";
+import { directorySink, requireSpace } from "./directory.ts";
 
 if (import.meta.main) {
   await runCommand(async () => {
@@ -29,7 +29,10 @@ if (import.meta.main) {
       directorySource(values.in),
       await directorySink(values.out),
       values["shard-size"],
-      (matrix, done, total) => console.error(`${done}/${total} ${matrix}`),
+      {
+        onPlanned: (bytes) => requireSpace(values.out, bytes),
+        onMatrix: (matrix, done, total) => console.error(`${done}/${total} ${matrix}`),
+      },
     );
     await openCheckpoint(directorySource(values.out));
     console.error(`${values.out} is done, in ${formatName(format)}`);

@@ -10,7 +10,7 @@ import {
   type AqlmFormat,
   type AqlmOptions,
 } from "./aqlm_fixture.ts";
-import { convertAqlm } from "./convert.ts";
+import { convertAqlm, type ConvertRun } from "./convert.ts";
 import { memoryWork } from "./work_files.ts";
 
 const MATRICES = 14;
@@ -109,6 +109,22 @@ Deno.test("what AQLM has and cannot run is refused by name, before anything is w
         return tensorBytes(name, dtype, [shape[0] / 2, ...shape.slice(1)], half);
       }),
   });
+});
+
+Deno.test("how much will be written is told before any of it is", async () => {
+  const { files } = aqlmFiles({ m: 2, v: 4, b: 8 });
+  const out = new Map<string, Uint8Array<ArrayBuffer>>();
+  let planned = 0;
+  const onPlanned = (bytes: number) => {
+    planned = bytes;
+    return Promise.reject(new FleetError("disk", "too full"));
+  };
+  const make = (run: ConvertRun) => convertAqlm(memorySource(files), memoryWork(out), 2 ** 30, run);
+  await assertRejects(() => make({ onPlanned }), FleetError, "too full");
+  assertEquals(out.size, 0);
+  await make({});
+  const { size } = new Blob([out.get("model-00001-of-00001.safetensors")!]);
+  assert(planned > 0.8 * size && planned < size, `${planned} of ${size} with the header`);
 });
 
 Deno.test("a checkpoint that is none of AQLM's is told what to do with it", async () => {

@@ -11,6 +11,7 @@ import {
   type ModelConfig,
 } from "../shared/model_config.ts";
 import type { CalibratedSettings } from "./calibrated.ts";
+import { blockBatches } from "./calibration_text.ts";
 import { gradientChunks } from "./gpu/coded_matrix.ts";
 import { BLOCK_INPUTS, type BlockInput } from "./gpu/forward.ts";
 import { planTensors } from "./output.ts";
@@ -101,10 +102,7 @@ export function planQuantization(
   const sizes = layerSizes(config, format);
   const { layerWeights, largest, hessians } = sizes;
   const rows = settings.batchSequences * text.tokens;
-  const blockSequences = Math.floor(
-    Math.min(settings.blockSequences, text.sequences) / settings.batchSequences,
-  ) * settings.batchSequences;
-  const blockTokens = blockSequences * text.tokens;
+  const blockTokens = blockBatches(settings, text.sequences) * rows;
   const activations = activationFloats(config, text.tokens);
   const forward = layerWeights + rows * activations.forward;
   const both = 2 * layerWeights + rows * (activations.forward + activations.backward);

@@ -117,6 +117,17 @@ Deno.test("the time foretold is what an H200 took for a block of 70B, and for th
   assertAlmostEquals(small.seconds, 50, 5);
 });
 
+Deno.test("fewer sequences for blocks than a batch count as the batch that they become", () => {
+  const plan = (blockSequences: number) =>
+    planQuantization(
+      checkpointOf(STORY_16M),
+      parseFormat("m1v4g128"),
+      { ...SETTINGS, blockSequences },
+      TEXT,
+    );
+  assertEquals(plan(1), plan(SETTINGS.batchSequences));
+});
+
 Deno.test("model tuning takes more of everything", () => {
   const plan = (modelSteps: number) =>
     planQuantization(
