@@ -7,15 +7,16 @@
 import { formatName } from "../../shared/checkpoint/mod.ts";
 import { type CodeGemmFormat, ROW_SCALE } from "../../shared/model_config.ts";
 import type { NumericsProfile } from "../../shared/protocol.ts";
-import { loadMatrix, type MatrixShape, randomTensors } from "../linear/mod.ts";
+import { defaultVariant, loadMatrix, type MatrixShape, randomTensors } from "../linear/mod.ts";
+import { mostRows } from "../linear/prefill_tile.ts";
 import { dequantize, exactProduct, readCodeTensors } from "../linear/reference.ts";
 import { randomActivations, runLinear } from "../linear/rig.ts";
+import { decodeFamily, familyBatches } from "../linear/variant.ts";
 import type { Workbench } from "../workbench.ts";
 import type { Comparison } from "./check.ts";
 
-const SHAPE: MatrixShape = [80, 512];
-const DECODE_ROWS = 3;
-const ROWS = 8;
+/** K of more splits than are summed in one go. */
+const SHAPE: MatrixShape = [80, 1280];
 const FORMATS: (CodeGemmFormat | null)[] = [
   null,
   { m: 1, v: 4, g: 128, b: 8 },
@@ -25,49 +26,61 @@ const FORMATS: (CodeGemmFormat | null)[] = [
 /** Of the sum of the products' magnitudes: float16 sums of up to 16 products, and float16 Psumbooks. */
 const TOLERANCE = 2 ** -11;
 
-/** Decode and prefill rows of a step through matrices of every kind. */
+/** Decode rows in every batch, and prefill rows in every tile, through matrices of every kind. */
 export async function checkLinear(bench: Workbench): Promise<Comparison[]> {
   const comparisons: Comparison[] = [];
-  for (const format of FORMATS) {
-    const families: NumericsProfile["decode"][] = format?.b === 8
-      ? ["codegemm", "dequantize"]
-      : ["codegemm"];
-    for (const family of families) comparisons.push(await checkMatrix(bench, format, family));
-  }
+  for (const format of FORMATS) comparisons.push(...await checkFormat(bench, format));
   return comparisons;
 }
 
-async function checkMatrix(
+async function checkFormat(
   { gpu }: Workbench,
   format: CodeGemmFormat | null,
-  family: NumericsProfile["decode"],
-): Promise<Comparison> {
+): Promise<Comparison[]> {
   const [n, k] = SHAPE;
+  const variant = defaultVariant(gpu.info.software);
+  const decodeFamilies: NumericsProfile["decode"][] = format?.b === 8
+    ? ["codegemm", "dequantize"]
+    : ["codegemm"];
+  // One row less than a tile holds.
+  const prefillRows = variant.prefillTiles.map((tile) => mostRows(tile) - 1);
+  const most = Math.max(...variant.batches) + Math.max(...prefillRows);
   const tensors = randomTensors("w", SHAPE, format, 5);
-  const matrix = await loadMatrix(gpu, tensors, "w", SHAPE, format);
-  const x = randomActivations(ROWS * k, 6);
-  const y = await runLinear(gpu, {
-    matrix,
-    x: new Uint16Array(x.buffer),
-    shape: { decodeRows: DECODE_ROWS, rows: ROWS, outputs: 0, contextTokens: 1 },
-    ranges: ["decode", "prefill"],
-    profile: family,
-  });
-  matrix.destroy();
+  const x = randomActivations(most * k, 6);
   const weights = format
     ? dequantize(await readCodeTensors(tensors, "w", SHAPE, format))
     : new Float16Array((await tensors.read("w.weight", 0, 2 * n * k)).buffer);
   const exact = Array.from(
-    { length: ROWS },
+    { length: most },
     (_, row) => exactProduct(weights, SHAPE, x.subarray(row * k, (row + 1) * k)),
   );
   const magnitudes = exact.flatMap(({ magnitude }) => [...magnitude]);
-  const name = format ? `${formatName(format)}, ${family}` : "dense";
-  return {
-    kernel: `linear (${name})`,
-    actual: y,
-    expected: exact.flatMap(({ y }) => [...y]),
-    tolerance: (i) => TOLERANCE * magnitudes[i],
-    raw: y.buffer,
-  };
+  const expected = exact.flatMap(({ y }) => [...y]);
+  const matrix = await loadMatrix(gpu, tensors, "w", SHAPE, format);
+  const comparisons: Comparison[] = [];
+  for (const decode of decodeFamilies) {
+    const family = format === null ? "dense" : decodeFamily(format, { decode });
+    const batches = familyBatches(variant, family);
+    for (let i = 0; i < Math.max(batches.length, prefillRows.length); i++) {
+      const decodeRows = batches[i % batches.length];
+      const rows = decodeRows + prefillRows[i % prefillRows.length];
+      const y = await runLinear(gpu, {
+        matrix,
+        x: new Uint16Array(x.buffer, 0, rows * k),
+        shape: { decodeRows, rows, outputs: 0, contextTokens: 1 },
+        ranges: ["decode", "prefill"],
+        profile: decode,
+      });
+      const name = format ? `${formatName(format)}, ${family}` : "dense";
+      comparisons.push({
+        kernel: `linear (${name}), ${decodeRows} rows of ${rows}`,
+        actual: y,
+        expected: expected.slice(0, rows * n),
+        tolerance: (i) => TOLERANCE * magnitudes[i],
+        raw: y.buffer,
+      });
+    }
+  }
+  matrix.destroy();
+  return comparisons;
 }
