@@ -45,6 +45,8 @@ Deno.test("of remembered choices, only those that could be made today count", ()
   const text = JSON.stringify({
     a: { byBatch: { 1: { prefetch: true }, 8: { turnK: 64 } } },
     b: {},
+    b2: { batches: [1, 4] },
+    b3: { batches: [3] },
     c: { byBatch: { 1: { turnK: 7 } } },
     d: { byBatch: { 3: { prefetch: true } } },
     e: { batches: [1], unroll: "yes" },
@@ -53,6 +55,7 @@ Deno.test("of remembered choices, only those that could be made today count", ()
   assertEquals([...parseChoices(text)], [
     ["a", { byBatch: { 1: { prefetch: true }, 8: { turnK: 64 } } }],
     ["b", {}],
+    ["b2", { batches: [1, 4] }],
   ]);
 });
 

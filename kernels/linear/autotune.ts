@@ -45,7 +45,7 @@ export interface Trial {
 
 /** The choice for one shape. */
 export interface Tuned {
-  variant: Pick<Variant, "byBatch">;
+  variant: Partial<Pick<Variant, "batches" | "byBatch">>;
   trials: Trial[];
 }
 
@@ -78,7 +78,7 @@ export async function tuneLinear(
       trials.push(trialOf(choice, standard, tried ?? new Map()));
     }
     gpu.check();
-    return { variant: fastest(trials), trials };
+    return { variant: { ...likeOne(standard, matrices[0].n), ...fastest(trials) }, trials };
   } finally {
     bench.destroy();
   }
@@ -94,6 +94,22 @@ function trialOf(choice: DecodeChoice, standard: Runs, tried: Runs): Trial {
     }
   }
   return { choice, microseconds };
+}
+
+/**
+ * The batches whose first row has the bits that it has alone: not all, where a compiler rounds
+ * one kernel's sums unlike another's.
+ *
+ * @param standard the bits of each batch's results, `n` words a row
+ */
+export function likeOne(
+  standard: ReadonlyMap<Batch, { bits: Uint32Array }>,
+  n: number,
+): Partial<Pick<Variant, "batches">> {
+  const alone = standard.get(1)?.bits.subarray(0, n);
+  if (alone === undefined) return {};
+  const alike = [...standard].filter(([, { bits }]) => alone.every((word, i) => word === bits[i]));
+  return alike.length === standard.size ? {} : { batches: alike.map(([batch]) => batch) };
 }
 
 /** Each batch's fastest choice, where it is not the default. */

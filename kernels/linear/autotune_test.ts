@@ -1,6 +1,6 @@
 import { assert, assertEquals } from "@std/assert";
 import { Gpu } from "../gpu.ts";
-import { tuneLinear } from "./autotune.ts";
+import { likeOne, tuneLinear } from "./autotune.ts";
 import { syntheticCodes } from "./synthetic.ts";
 
 const FORMAT = { m: 1, v: 4, g: 32, b: 8 };
@@ -28,4 +28,12 @@ Deno.test("tuning keeps to variants that run and give the default's bits", async
   } finally {
     gpu.close();
   }
+});
+
+Deno.test("a batch that gives a row other bits than it has alone is not used", () => {
+  const bits = (...words: number[]) => ({ bits: Uint32Array.from(words) });
+  const alike = new Map([[1, bits(7, 8)], [2, bits(7, 8, 1, 2)]] as const);
+  assertEquals(likeOne(alike, 2), {});
+  const unlike = new Map([[1, bits(7, 8)], [2, bits(7, 9, 1, 2)], [4, bits(7, 8, 3)]] as const);
+  assertEquals(likeOne(unlike, 2), { batches: [1, 4] });
 });
