@@ -142,6 +142,8 @@ export class StageModel implements StageSteps {
   submit(batch: StepBatch, hidden: Uint16Array | null): Ticket {
     const { inputs, memory, readback } = this.#resources;
     invariant(this.#pending.length < IN_FLIGHT, `at most ${IN_FLIGHT} steps are in flight`);
+    const held = this.#pending.some(({ waiting }) => waiting.length > 0);
+    invariant(!held, "no step's inputs are overwritten before all of its parts are submitted");
     checkBatch(this.spec, batch, hidden);
     this.#head?.sampler.write(batch.requests, batch.rowPosition);
     if (hidden) this.#gpu.write(memory.buffers.frame, 0, hidden as Uint16Array<ArrayBuffer>);
@@ -173,7 +175,8 @@ export class StageModel implements StageSteps {
 
   busyForMs(): number {
     const [step] = this.#pending;
-    if (!step) return 0;
+    // One that still waits to be submitted though it is the oldest: reading the one before it failed.
+    if (!step || step.waiting.length > 0) return 0;
     return step.startedMs + this.#times.surelyMs(step.counts) - WAKE_MS - performance.now();
   }
 
@@ -187,14 +190,17 @@ export class StageModel implements StageSteps {
     try {
       bytes = await readback.read(step.slot, () => {
         doneMs = performance.now();
-        const next = this.#pending[1];
+        // From here on the GPU has nothing to do but the next step, which may come while this read
+        // still lets the event loop turn.
+        this.#pending.shift();
+        const next = this.#pending.at(0);
         if (next && next.waiting.length > 0) this.#start(next, next.waiting.splice(0));
       });
     } finally {
-      this.#pending.shift();
+      if (this.#pending[0] === step) this.#pending.shift();
     }
     const times = timer
-      ? this.#timesOf(step, GpuTimer.span(bytes.subarray(bytes.length - GpuTimer.BYTES)))
+      ? this.#timesOf(step, GpuTimer.span(bytes.subarray(bytes.length - GpuTimer.BYTES)), doneMs)
       : { gpuMs: doneMs - Math.max(this.#idleSinceMs, step.startedMs) };
     const startedMs = Math.max(this.#idleSinceMs, step.startedMs);
     this.#idleSinceMs = doneMs;
@@ -273,8 +279,13 @@ export class StageModel implements StageSteps {
     return encoder.finish();
   }
 
-  #timesOf(step: PendingStep, span: GpuSpan): Pick<StageOutput, "gpuMs" | "gpuIdleMs"> {
-    const gpuMs = elapsedMs(span.beginNs, span.endNs);
+  /** @param doneMs when the GPU was seen to be done: whatever its clock says, it took no longer */
+  #timesOf(
+    step: PendingStep,
+    span: GpuSpan,
+    doneMs: number,
+  ): Pick<StageOutput, "gpuMs" | "gpuIdleMs"> {
+    const gpuMs = Math.min(elapsedMs(span.beginNs, span.endNs), doneMs - step.startedMs);
     const gpuIdleMs = this.#lastSpan ? elapsedMs(this.#lastSpan.endNs, span.beginNs) : undefined;
     this.#lastSpan = span;
     this.#times.record(step.counts, gpuMs);

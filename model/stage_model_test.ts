@@ -5,6 +5,7 @@ import { stageFootprint } from "../shared/footprint.ts";
 import { type ModelConfig, stageParts } from "../shared/model_config.ts";
 import { randomInt, seededRandom } from "../shared/random.ts";
 import { Gpu } from "../kernels/gpu.ts";
+import { GpuTimer } from "./gpu_timer.ts";
 import { loadReference } from "./reference.ts";
 import { StageModel } from "./stage_model.ts";
 import { type ChainOptions, type ChainRow, StageChain, stepBatch } from "./stage_chain.ts";
@@ -315,15 +316,74 @@ Deno.test("an error on the device makes the next finish throw", async () => {
   for (const part of ["embedding", "layer.0"] as const) await weights.load(config, part, tensors);
   const spec = { config, from: 0, to: 1, first: true, last: false };
   const stage = await StageModel.load(gpu, { ...spec, limits: LIMITS, profile: PROFILE }, weights);
-  const rows = [{ sequence: 0, position: 0, token: 1 }];
-  const ticket = stage.submit(stepBatch(pageTables(1), rows, 1), null);
+  const batch = stepBatch(pageTables(1), [{ sequence: 0, position: 0, token: 1 }], 1);
+  await stage.finish(stage.submit(batch, null));
+  const tickets = [stage.submit(batch, null), stage.submit(batch, null)];
   const told = new Promise((resolve) => gpu.device.addEventListener("uncapturederror", resolve));
   gpu.device.queue.writeBuffer(gpu.storage("small", 16), 0, new Uint8Array(64));
   await told;
-  const error = await assertRejects(() => stage.finish(ticket), FleetError);
-  assertEquals(error.code, "gpu");
+  for (const ticket of tickets) {
+    const error = await assertRejects(() => stage.finish(ticket), FleetError);
+    assertEquals(error.code, "gpu");
+    // The second step was never submitted: nobody may wait for it.
+    assert(stage.busyForMs() <= 0, `${stage.busyForMs()} ms of a failed GPU's work`);
+  }
   gpu.close();
 });
+
+/** A stage of a tiny model's first layers, and a step of one row for it. */
+async function firstLayers(gpu: Gpu) {
+  const config = tinyConfig({ layers: 1 });
+  const weights = new WeightStore(gpu);
+  const tensors = randomModel(config, 6);
+  for (const part of ["embedding", "layer.0"] as const) await weights.load(config, part, tensors);
+  const spec = { config, from: 0, to: 1, first: true, last: false };
+  const stage = await StageModel.load(gpu, { ...spec, limits: LIMITS, profile: PROFILE }, weights);
+  const batch = stepBatch(pageTables(1), [{ sequence: 0, position: 0, token: 1 }], 1);
+  return { stage, weights, batch };
+}
+
+Deno.test("a step that comes while a read lets the event loop turn is run like any other", () =>
+  withGpu(async (gpu) => {
+    const { stage, weights, batch } = await firstLayers(gpu);
+    const { hidden } = await stage.finish(stage.submit(batch, null));
+    // Reads that nobody lets the loop turn after pile up, until one of them turns it itself.
+    for (let came = 0, steps = 0; came < 2; steps++) {
+      assert(steps < 10_000, "a read lets the loop turn now and then");
+      let done = false;
+      const reading = stage.finish(stage.submit(batch, null)).finally(() => done = true);
+      for (let i = 0; i < 20; i++) await Promise.resolve();
+      if (done) continue;
+      came++;
+      const tickets = [stage.submit(batch, null), stage.submit(batch, null)];
+      await reading;
+      for (const ticket of tickets) assertEquals((await stage.finish(ticket)).hidden, hidden);
+    }
+    stage.destroy();
+    weights.destroy();
+  }));
+
+Deno.test("whatever a GPU's clock says, a step took no longer than it was waited for", () =>
+  withGpu(async (gpu) => {
+    const { stage, weights, batch } = await firstLayers(gpu);
+    const { span } = GpuTimer;
+    GpuTimer.span = () => ({ beginNs: 0n, endNs: 10n ** 18n });
+    try {
+      for (let i = 0; i < 3; i++) {
+        const fromMs = performance.now();
+        const ticket = stage.submit(batch, null);
+        const foretoldMs = stage.busyForMs();
+        const { gpuMs } = await stage.finish(ticket);
+        const wallMs = performance.now() - fromMs;
+        assert(gpuMs <= wallMs, `${gpuMs} ms on the GPU within ${wallMs} ms`);
+        assert(foretoldMs < 10_000, `${foretoldMs} ms are foretold`);
+      }
+    } finally {
+      GpuTimer.span = span;
+    }
+    stage.destroy();
+    weights.destroy();
+  }));
 
 Deno.test("a stage takes no more memory than its footprint foretells", () =>
   withGpu(async (gpu) => {

@@ -7,17 +7,24 @@ import type { TransformerShape } from "../kernels/transformer/mod.ts";
 
 /** Kinds of steps that are remembered; decoding brings few, the least of all times serves the rest. */
 const MOST_KINDS = 256;
-/** The next step of a kind takes at least this share of the last one's time. */
+/**
+ * The least of as many times of a kind is believed. A step that was slow once (another process had the
+ * GPU, its clock was low) must not make whoever waits for the next one oversleep.
+ */
+const LAST_TIMES = 4;
+/** The next step of a kind takes at least this share of that time. */
 const SURE_SHARE = 0.98;
 
 /** GPU times of steps by their counts. */
 export class StepTimes {
-  readonly #lastMs = new Map<string, number>();
+  /** The last times of each kind, youngest first. */
+  readonly #lastMs = new Map<string, number[]>();
   #leastMs = Infinity;
 
   /** @param counts as {@linkcode surelyMs} is asked for them: context lengths rounded alike */
   record(counts: TransformerShape, gpuMs: number): void {
     const kind = kindOf(counts);
+    const lastMs = this.#lastMs.get(kind) ?? [];
     this.#lastMs.delete(kind); // set anew it is the youngest
     if (this.#lastMs.size === MOST_KINDS) {
       for (const oldest of this.#lastMs.keys()) {
@@ -25,7 +32,7 @@ export class StepTimes {
         break;
       }
     }
-    this.#lastMs.set(kind, gpuMs);
+    this.#lastMs.set(kind, [gpuMs, ...lastMs.slice(0, LAST_TIMES - 1)]);
     this.#leastMs = Math.min(this.#leastMs, gpuMs);
   }
 
@@ -34,7 +41,8 @@ export class StepTimes {
    * times: every step reads all weights.
    */
   surelyMs(counts: TransformerShape): number {
-    const expectedMs = this.#lastMs.get(kindOf(counts)) ?? this.#leastMs;
+    const lastMs = this.#lastMs.get(kindOf(counts));
+    const expectedMs = lastMs ? Math.min(...lastMs) : this.#leastMs;
     return Number.isFinite(expectedMs) ? expectedMs * SURE_SHARE : 0;
   }
 }

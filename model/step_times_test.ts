@@ -9,14 +9,23 @@ const decode = (rows: number) => ({
   prefillTiles: 0,
 });
 
-Deno.test("StepTimes foretells a step by the last one of its kind, an unknown one by the shortest", () => {
+Deno.test("StepTimes foretells a step by the last ones of its kind, an unknown one by the shortest", () => {
   const times = new StepTimes();
   assertEquals(times.surelyMs(decode(1)), 0);
   times.record(decode(1), 4);
-  times.record(decode(8), 10);
-  times.record(decode(8), 20);
+  for (let i = 0; i < 4; i++) times.record(decode(8), 20);
   assertAlmostEquals(times.surelyMs(decode(8)), 19.6, 1e-9);
   assertAlmostEquals(times.surelyMs(decode(2)), 3.92, 1e-9);
+});
+
+Deno.test("StepTimes believes no single slow step, a quick one at once, and slow ones in the end", () => {
+  const times = new StepTimes();
+  const foretold = (gpuMs: number) => {
+    times.record(decode(1), gpuMs);
+    return Math.round(times.surelyMs(decode(1)) / 0.98);
+  };
+  assertEquals([10, 100, 11, 90, 5].map(foretold), [10, 10, 10, 10, 5]);
+  assertEquals([30, 30, 30, 30, 31].map(foretold), [5, 5, 5, 30, 30]);
 });
 
 Deno.test("StepTimes forgets the kinds it has not seen for long", () => {
