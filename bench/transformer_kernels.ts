@@ -125,7 +125,6 @@ async function layerKernels(
   });
 
   const norms: Kernel[] = [], ropes: Kernel[] = [], splits: Kernel[] = [], joins: Kernel[] = [];
-  const lateSplits: Kernel[] = [];
   const pageBytes = limits.pages * kvPageBytes(shape);
   const copies = Math.max(1, Math.min(DISPATCHES, Math.ceil(cacheBytes / (2 * pageBytes))));
   for (let i = 0; i < copies; i++) {
@@ -136,19 +135,23 @@ async function layerKernels(
     };
     norms.push(await createRmsNorm({ gpu, hidden, epsilon: 1e-5, residual, weight, normed }));
     ropes.push(await createRope({ gpu, inputs, shape, angles, qkv, ...cache }));
-    const attention = { gpu, inputs, shape, qkv, ...cache, attended, scratch };
-    const batches = await createDecodeBatches(attention);
+    const batches = await createDecodeBatches({
+      gpu,
+      inputs,
+      shape,
+      qkv,
+      ...cache,
+      attended,
+      scratch,
+    });
     splits.push(together(batches.map(({ split }) => split)));
     joins.push(together(batches.map(({ join }) => join)));
-    const late = await createDecodeBatches({ ...attention, valuesAhead: false });
-    lateSplits.push(together(late.map(({ split }) => split)));
   }
   const swiglu = await createSwiGlu({ gpu, inputs, width: ffn, gateUp, gated });
   return new Map([
     ["norm", { copies: norms, step }],
     ["rope", { copies: ropes, step }],
     ["attention split", { copies: splits, step }],
-    ["attention split, values late", { copies: lateSplits, step }],
     ["attention join", { copies: joins, step }],
     ["swiglu", { copies: [swiglu], step }],
   ]);

@@ -29,8 +29,6 @@ export interface AttentionOptions {
 /** What decode attention needs beside. */
 export interface DecodeAttentionOptions extends AttentionOptions {
   scratch: DecodeScratch;
-  /** Values are asked for beside keys, else once the scores are computed. */
-  valuesAhead?: boolean;
 }
 
 /** Scratch bytes that decode attention aims to stay under; one row's partials are the least. */
@@ -124,7 +122,7 @@ export function createDecodeBatches(
     const split = await Dispatch.create({
       gpu,
       label: "decode attention, splits",
-      code: decodeSplitWgsl(shape, options.valuesAhead),
+      code: decodeSplitWgsl(shape),
       buffers: [
         inputs.step,
         batch,

@@ -126,10 +126,8 @@ const pairwise = (n: number, term: (i: number) => string): string =>
  * A workgroup takes one row, up to {@linkcode headTile} query heads of one KV head, and one
  * split of the context ({@linkcode SPLIT_TOKENS} positions), and leaves the softmax's maximum, its sum
  * and the weighted values.
- *
- * @param valuesAhead values are asked for beside keys, else once the scores are computed
  */
-export function decodeSplitWgsl(shape: HeadShape, valuesAhead = true): string {
+export function decodeSplitWgsl(shape: HeadShape): string {
   const quads = shape.paddedDim / 4;
   const { heads, scores, values, exchanged } = tiling(shape);
   const queryColumns = scores.parts * scores.partQuads;
@@ -139,10 +137,6 @@ export function decodeSplitWgsl(shape: HeadShape, valuesAhead = true): string {
   const maxima = (i: number) => `[${Math.floor(i / scores.partQuads)}][${i % scores.partQuads}]`;
   const keyAt = (i: number) =>
     queryColumns > quads ? `min(first_quad + ${i}u, QUADS - 1u)` : `(first_quad + ${i}u)`;
-  const loadValues = times(
-    values.runTokens,
-    (i) => `let value${i} = values[value_at + min(first_slot + ${i}u, last_slot) * QUADS];`,
-  );
   return transformerWgsl(
     /* wgsl */ `
 ${headConstants(shape)}
@@ -227,7 +221,12 @@ fn main(
   let first_slot = run_start % PAGE_TOKENS;
   let last_slot = min(length - 1u - value_page * PAGE_TOKENS, PAGE_TOKENS - 1u);
   let value_at = (select(page0, page1, value_page > 0u) * KV_HEADS + kv_head) * PAGE_TOKENS * QUADS + quad;
-  ${valuesAhead ? loadValues : ""}
+  ${
+      times(
+        values.runTokens,
+        (i) => `let value${i} = values[value_at + min(first_slot + ${i}u, last_slot) * QUADS];`,
+      )
+    }
 
   ${
       times(fills, (i) => {
@@ -269,7 +268,6 @@ fn main(
         return `exchange[team_scores + ${v * PAGE_TOKENS}u] = vec4<f32>(${of});`;
       })
     }
-  ${valuesAhead ? "" : loadValues}
   workgroupBarrier();
 
   // The softmax of each head, by a team: a lane has its slot in both pages.
