@@ -55,6 +55,13 @@ const SHAPES: Record<string, BenchMatrix[]> = {
   ],
 };
 
+/** The output head, always dense float16. */
+const HEADS: Record<string, BenchMatrix> = {
+  "llama-3-70b": { name: "head", members: [128_256], k: 8192 },
+  "llama-3-8b": { name: "head", members: [128_256], k: 4096 },
+  tiny: { name: "head", members: [1000], k: 512 },
+};
+
 const FAMILIES = ["codegemm", "dequantize", "prefill"] as const;
 type Family = typeof FAMILIES[number];
 
@@ -180,6 +187,30 @@ async function measure(
   return microseconds / copies.length;
 }
 
+function measurement(
+  matrix: string,
+  format: string,
+  { n, k, bytes, format: codes }: Matrix,
+  family: Family,
+  rows: number,
+  microseconds: number,
+  readGBps: number,
+): Measurement {
+  const gigabytesPerSecond = bytes / microseconds / 1e3;
+  return {
+    matrix,
+    n,
+    k,
+    format,
+    family: codes === null && family !== "prefill" ? "dense" : family,
+    rows,
+    microseconds,
+    gigabytesPerSecond,
+    bandwidthShare: gigabytesPerSecond / readGBps,
+    teraflops: 2 * n * k * rows / microseconds / 1e6,
+  };
+}
+
 function parseFormat(text: string): CodeGemmFormat | null {
   if (text === "dense") return null;
   const format = parseFormatName(text);
@@ -287,7 +318,6 @@ async function main(): Promise<void> {
     }
     for (const matrix of matrices) {
       const copies = await makeCopies(gpu, matrix, format, cacheBytes);
-      const [{ n, k, bytes }] = copies;
       for (const family of families) {
         // Dense has one family of decode kernels; codes of more than 8 bits the dequantizing one.
         if (format === null && family === "dequantize") continue;
@@ -295,24 +325,36 @@ async function main(): Promise<void> {
         const prefillCounts = values["prefill-rows"].split(",").map(Number);
         for (const rows of family === "prefill" ? prefillCounts : rowCounts) {
           const microseconds = await measure(gpu, timer, copies, family, rows);
-          const gigabytesPerSecond = bytes / microseconds / 1e3;
-          measurements.push({
-            matrix: matrix.name,
-            n,
-            k,
-            format: name,
-            family: format === null && family !== "prefill" ? "dense" : family,
-            rows,
-            microseconds,
-            gigabytesPerSecond,
-            bandwidthShare: gigabytesPerSecond / readGBps,
-            teraflops: 2 * n * k * rows / microseconds / 1e6,
-          });
+          measurements.push(
+            measurement(matrix.name, name, copies[0], family, rows, microseconds, readGBps),
+          );
         }
       }
       for (const copy of copies) copy.destroy();
     }
     printTable(name, matrices, measurements);
+  }
+  if (!values.tiles) {
+    const head = HEADS[values.shape];
+    const copies = await makeCopies(gpu, head, null, cacheBytes);
+    for (const rows of rowCounts) {
+      const microseconds = await measure(gpu, timer, copies, "codegemm", rows);
+      const at = measurement(
+        head.name,
+        "dense",
+        copies[0],
+        "codegemm",
+        rows,
+        microseconds,
+        readGBps,
+      );
+      measurements.push(at);
+      console.log(
+        `${rows === rowCounts[0] ? "\n" : ""}output head, float16, ${rows} rows: ` +
+          `${microseconds.toFixed(1)} us, ${at.gigabytesPerSecond.toFixed(0)} GB/s`,
+      );
+    }
+    copies.forEach((copy) => copy.destroy());
   }
   await report(measurements);
 }
