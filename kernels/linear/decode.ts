@@ -209,7 +209,7 @@ export function decodeCode(
   batch: Batch,
   whole: Target,
 ): DecodeCode | null {
-  const { gpu: { limits }, matrix: { order, format, members }, profile } = options;
+  const { gpu: { limits }, matrix: { order, format, members, blocks }, profile } = options;
   const workgroupBytes = limits.maxComputeWorkgroupStorageSize;
   if (order.kind === "dense") {
     if (denseKernelBytes(batch) > workgroupBytes) return null;
@@ -222,7 +222,12 @@ export function decodeCode(
   const choice = choiceOf(variant, batch);
   const maxThreads = limits.maxComputeInvocationsPerWorkgroup;
   if (family === "dequantize" && isVectorInput(options)) {
-    const room = { members: members.map(({ n }) => n), maxThreads, workgroupBytes };
+    const room = {
+      members: members.map(({ n }) => n),
+      bindingRows: blocks[0].n,
+      maxThreads,
+      workgroupBytes,
+    };
     const kernel = dequantizeKernel(format, order, batch, { ...variant, ...choice }, room);
     if (kernel !== null) {
       const target = holdsWholeSums(kernel) ? whole : "partial";

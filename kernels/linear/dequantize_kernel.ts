@@ -56,6 +56,8 @@ const MIN_LANES = 8;
 export interface KernelRoom {
   /** Rows of N of the matrices of a stack. */
   members: readonly number[];
+  /** Rows of N of a binding block; workgroups are counted from its first one. */
+  bindingRows: number;
   maxThreads: number;
   workgroupBytes: number;
 }
@@ -157,9 +159,18 @@ function splitShape(
   return { splits, rowsPerThread, lanes };
 }
 
-/** A workgroup's rows of N belong to one matrix of a stack, which has one set of codebooks. */
-function lanesOf({ members }: KernelRoom, rowsPerThread: number, wanted: number): number {
-  if (members.length > 1) return largestDivisor(members.reduce(gcd) / rowsPerThread, wanted, 1);
+/**
+ * A workgroup's rows of N belong to one matrix of a stack, which has one set of codebooks, wherever the
+ * stack is cut into bindings.
+ */
+function lanesOf(
+  { members, bindingRows }: KernelRoom,
+  rowsPerThread: number,
+  wanted: number,
+): number {
+  if (members.length > 1) {
+    return largestDivisor(gcd(members.reduce(gcd), bindingRows) / rowsPerThread, wanted, 1);
+  }
   return Math.min(wanted, Math.ceil(members[0] / rowsPerThread));
 }
 

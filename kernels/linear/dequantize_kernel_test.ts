@@ -12,7 +12,7 @@ import {
   holdsWholeSums,
   splitPositions,
 } from "./dequantize_kernel.ts";
-import { loadMatrix } from "./matrix.ts";
+import { loadMatrix, loadStack } from "./matrix.ts";
 import { codeOrder } from "./order.ts";
 import { randomTensors } from "./random_tensors.ts";
 import { dequantizeProduct, readCodeTensors } from "./reference.ts";
@@ -54,7 +54,7 @@ function* kernels(): Generator<{ kernel: DequantizeKernel; members: number[]; ro
       const order = codeOrder([n, k], format, undefined, members);
       for (const [room, limits] of ROOMS.entries()) {
         for (const batch of BATCHES) {
-          const given = { members, ...limits };
+          const given = { members, bindingRows: n, ...limits };
           const kernel = dequantizeKernel(format, order, batch, GPU_VARIANT, given);
           assert(kernel !== null, `${name} ${members} x ${k} has a kernel for ${batch} rows`);
           yield { kernel, members, room };
@@ -96,7 +96,7 @@ Deno.test("one row's workgroups have whole sums at Llama's shapes, eight rows' s
 Deno.test("codes and vectors that the kernel is not for have none", () => {
   for (const name of ["m1v8b16", "m1v4g128b12", "m2v6g12", "m1v2g128"]) {
     const format = formatOf(name);
-    const room = { members: [256], ...ROOMS[0] };
+    const room = { members: [256], bindingRows: 256, ...ROOMS[0] };
     const order = codeOrder([256, 768], format);
     assertEquals(dequantizeKernel(format, order, 1, GPU_VARIANT, room), null);
   }
@@ -150,6 +150,43 @@ Deno.test("whole sums and partial ones have the same bits, and follow the refere
       const y = await decode(gpu, { shape, name, batch });
       assertEquals(new Uint32Array(y.buffer), new Uint32Array(alone.buffer), `x${batch}`);
     }
+  } finally {
+    gpu.close();
+  }
+});
+
+Deno.test("a stack that is cut into bindings has the bits of a whole one: no workgroup takes two matrices", async () => {
+  const gpu = await Gpu.open({ software: true });
+  try {
+    const format = formatOf("m1v4g64");
+    const k = 512, n = 1792; // a workgroup's 224 rows divide n, but not what a binding holds
+    const sources = ["a", "b"].map((name, i) => randomTensors(name, [n, k], format, i));
+    const tensors = {
+      ...sources[0],
+      has: (name: string) => sources.some((source) => source.has(name)),
+      info: (name: string) => sources.find((source) => source.has(name))!.info(name),
+      read: (name: string, offset: number, length: number) =>
+        sources.find((source) => source.has(name))!.read(name, offset, length),
+    };
+    const run = async (options: { maxBindingBytes?: number }) => {
+      const members = ["a", "b"].map((name) => ({ name, n }));
+      const matrix = await loadStack(gpu, tensors, "ab", members, k, format, options);
+      const y = await runLinear(gpu, {
+        matrix,
+        x: bitsOf(randomActivations(k, 4)),
+        shape: stepShape(1),
+        ranges: ["decode"],
+        profile: "dequantize",
+        variant: { ...GPU_VARIANT, batches: [1] },
+      });
+      const blocks = matrix.blocks.length;
+      matrix.destroy();
+      return { y, blocks };
+    };
+    const whole = await run({});
+    const cut = await run({ maxBindingBytes: 5 * 256 * (k / 16) * 4 });
+    assertEquals([whole.blocks, cut.blocks], [1, 3]);
+    assertEquals(cut.y, whole.y);
   } finally {
     gpu.close();
   }
