@@ -8,6 +8,7 @@
  *
  * @module
  */
+import { invariant } from "../../shared/errors.ts";
 import { codeWeights } from "./prefill_code_wgsl.ts";
 import { denseWeights } from "./prefill_dense_wgsl.ts";
 import { eachOutput, type PrefillFrame, type PrefillKernel } from "./prefill_frame.ts";
@@ -21,6 +22,7 @@ export function prefillWgsl(kernel: PrefillKernel): string {
   const threads = prefillThreads(tile);
   const grid = threadGrid(tile);
   const k = tileK(tile, code);
+  invariant(splits.splits === 1 || splits.splitK % k.depth === 0, "tiles share out a split of K");
   const tail = kernel.k % k.depth !== 0;
   const frame: PrefillFrame = { kernel, k, threadColumns: grid.columns, tail };
   const weights = code === null ? denseWeights(frame) : codeWeights(frame, code);
