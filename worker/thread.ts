@@ -170,12 +170,19 @@ class ThreadMailbox implements Mailbox {
   }
 
   async wait(ms: number): Promise<void> {
-    if (this.#bell && ms > 0) Atomics.wait(this.#bell, 0, this.#taken, ms);
-    do await turnOfLoop(); while (this.#bell && this.#left(this.#bell) > 0);
+    const bell = this.#bell;
+    if (bell && ms > 0) {
+      const heard = Atomics.load(bell, 0);
+      // A message may come before the bell behind it rings: there is nothing left then, but that ring
+      // is still to be waited for, or every wait would end at once until the sender gets to it.
+      if (this.#left(heard) <= 0) Atomics.wait(bell, 0, heard, ms);
+    }
+    do await turnOfLoop(); while (bell && this.#left(Atomics.load(bell, 0)) > 0);
   }
 
-  #left(bell: Int32Array): number {
-    return (Atomics.load(bell, 0) - this.#taken) | 0;
+  /** How many of the messages that the bell has rung for have not come yet. */
+  #left(heard: number): number {
+    return (heard - this.#taken) | 0;
   }
 }
 

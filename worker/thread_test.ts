@@ -61,3 +61,15 @@ Deno.test("a thread that waits for a message wakes when it comes, and has it; or
   assert(inVain.doubled === 0 && inVain.ms >= 5, `${inVain.ms} ms`);
   thread.close();
 });
+
+Deno.test("a message that comes before its bell has rung keeps no thread from waiting", async () => {
+  const worker = new Worker(new URL("./thread_fixture.ts", import.meta.url), { type: "module" });
+  const bell = new SharedArrayBuffer(4);
+  const answered = Promise.withResolvers<{ waits: number; ms: number }>();
+  worker.onmessage = ({ data }) => data.type === "done" && answered.resolve(data.result);
+  worker.postMessage({ type: "bell", bell });
+  worker.postMessage({ type: "call", id: 0, call: "wait", args: { ms: 20 } });
+  const { waits, ms } = await answered.promise;
+  assert(waits <= 2 && ms >= 20, `${waits} waits in ${ms} ms`);
+  worker.terminate();
+});
