@@ -10,6 +10,7 @@ import type { CodeGemmFormat, DType, TensorInfo, TensorSource } from "../../shar
 import { codesPerWord, DTYPE_BYTES, matrixFormat } from "../../shared/model_config.ts";
 import type { Gpu } from "../gpu.ts";
 import { denseStoredK, tileDenseRows, tileLines } from "./layout.ts";
+import { centroidExponent, timesPowerOfTwo } from "./magnitude.ts";
 import type { Tuning } from "./order.ts";
 import { canStack, codeOrder, DEFAULT_TUNING, denseOrder, roundUp } from "./order.ts";
 import type { Matrix, MatrixBlock, MatrixShape } from "./types.ts";
@@ -153,7 +154,9 @@ export async function loadStack(
         "F16",
         await tensors.read(books.name, 0, books.bytes),
       );
-      await writer.write(matrix.codebooks!, i * books.bytes, centroids);
+      const exponent = centroidExponent(centroids, m);
+      const small = timesPowerOfTwo(books.name, centroids, -exponent);
+      await writer.write(matrix.codebooks!, i * books.bytes, small);
       const target = (buffers: GPUBuffer[]) => ({ blocks, buffers, start, n, rowBlock });
       await streamLines(writer, words, m, 4, target(blocks.map((block) => block.weights)), {
         read: async (plane, first, lines) => {
@@ -163,13 +166,11 @@ export async function loadStack(
         tile: (elements) => new Uint32Array(elements),
       });
       await streamLines(writer, groups, 1, 2, target(blocks.map((block) => block.scales!)), {
-        read: async (_plane, first, lines) =>
-          toFloat16(
-            scales.name,
-            "F16",
-            await tensors.read(scales.name, first * n * 2, lines * n * 2),
-            first * n,
-          ),
+        read: async (_plane, first, lines) => {
+          const bytes = await tensors.read(scales.name, first * n * 2, lines * n * 2);
+          const values = toFloat16(scales.name, "F16", bytes, first * n);
+          return timesPowerOfTwo(scales.name, values, exponent);
+        },
         tile: (elements) => new Uint16Array(elements),
       });
     }

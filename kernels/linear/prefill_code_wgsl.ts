@@ -5,7 +5,7 @@
  * An output sums, over each group of K ({@linkcode prefillGroupK}) and each 16 K of it, the products
  * of even and of odd K in a float16 chain each; the sum of both is scaled and added in float32, by
  * rising K. A weight is its centroid as it stands, several centroids added in float16: the scale comes
- * with the sum, which rounds once less and costs nothing.
+ * with the sum, which rounds once less and costs nothing. (`magnitude.ts` keeps them from overflowing.)
  *
  * @module
  */
