@@ -99,8 +99,8 @@ export function trainCodebooks(
  * Codebooks for a search to begin with. Where m divides v, each stands for its own m-th of the vector,
  * all with the same centroids: codes then do not depend on each other, and the first search finds the
  * best of all combinations. Steps of the codebooks mix the parts from there. (On two matrices of
- * story-16m that ends at 10 to 16 % less weighted error with m2v8g128, and 26 % less with m2v4g128,
- * than beginning with {@linkcode trainCodebooks}.)
+ * story-16m that ends at 10 and 16 % less weighted error with m2v8g128, on one of them at 26 % less with
+ * m2v4g128, than beginning with {@linkcode trainCodebooks}.)
  *
  * @param weights whole groups
  * @returns `(m, 2^b, v)`, rounded to float16
