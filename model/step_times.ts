@@ -21,10 +21,15 @@ export class StepTimes {
   readonly #lastMs = new Map<string, number[]>();
   #leastMs = Infinity;
 
-  /** @param counts as {@linkcode surelyMs} is asked for them: context lengths rounded alike */
+  /**
+   * The first step of a kind is taken note of, but its time is not believed: some drivers compile a
+   * kernel when it is first run.
+   *
+   * @param counts as {@linkcode surelyMs} is asked for them: context lengths rounded alike
+   */
   record(counts: TransformerShape, gpuMs: number): void {
     const kind = kindOf(counts);
-    const lastMs = this.#lastMs.get(kind) ?? [];
+    const lastMs = this.#lastMs.get(kind);
     this.#lastMs.delete(kind); // set anew it is the youngest
     if (this.#lastMs.size === MOST_KINDS) {
       for (const oldest of this.#lastMs.keys()) {
@@ -32,17 +37,17 @@ export class StepTimes {
         break;
       }
     }
-    this.#lastMs.set(kind, [gpuMs, ...lastMs.slice(0, LAST_TIMES - 1)]);
-    this.#leastMs = Math.min(this.#leastMs, gpuMs);
+    this.#lastMs.set(kind, lastMs ? [gpuMs, ...lastMs.slice(0, LAST_TIMES - 1)] : []);
+    if (lastMs) this.#leastMs = Math.min(this.#leastMs, gpuMs);
   }
 
   /**
-   * A time for which the GPU will surely work on a step. Of a kind not seen yet it is the least of all
-   * times: every step reads all weights.
+   * A time for which the GPU will surely work on a step. Of a kind that nothing is known of yet it is
+   * the least of all times, for every step reads all weights; 0 when there are none.
    */
   surelyMs(counts: TransformerShape): number {
     const lastMs = this.#lastMs.get(kindOf(counts));
-    const expectedMs = lastMs ? Math.min(...lastMs) : this.#leastMs;
+    const expectedMs = lastMs?.length ? Math.min(...lastMs) : this.#leastMs;
     return Number.isFinite(expectedMs) ? expectedMs * SURE_SHARE : 0;
   }
 }
