@@ -96,35 +96,6 @@ export function trainCodebooks(
 }
 
 /**
- * Codebooks for a search to begin with. Where m divides v, each stands for its own m-th of the vector,
- * all with the same centroids: codes then do not depend on each other, and the first search finds the
- * best of all combinations. Steps of the codebooks mix the parts from there. (On two matrices of
- * story-16m that ends at 10 and 16 % less weighted error with m2v8g128, on one of them at 26 % less with
- * m2v4g128, than beginning with {@linkcode trainCodebooks}.)
- *
- * @param weights whole groups
- * @returns `(m, 2^b, v)`, rounded to float16
- */
-export function startCodebooks(
-  weights: Float32Array,
-  format: CodeGemmFormat,
-  settings: CodebookSettings,
-  random: Random,
-): Float32Array<ArrayBuffer> {
-  const { m, v, b } = format;
-  if (v % m !== 0) return trainCodebooks(weights, format, settings, random);
-  const size = 2 ** b, part = v / m;
-  const centroids = trainCodebooks(weights, { ...format, m: 1, v: part }, settings, random);
-  const books = new Float32Array(m * size * v);
-  for (let j = 0; j < m; j++) {
-    for (let c = 0; c < size; c++) {
-      books.set(centroids.subarray(c * part, (c + 1) * part), (j * size + c) * v + j * part);
-    }
-  }
-  return books;
-}
-
-/**
  * Finds codes and scales for groups under given codebooks: greedy first, then each code again with
  * the others fixed, the scales refitted in between.
  */

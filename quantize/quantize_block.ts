@@ -17,7 +17,7 @@ import {
 } from "../shared/model_config.ts";
 import { type Random, randomInt } from "../shared/random.ts";
 import { capture } from "./capture.ts";
-import { startCodebooks } from "./codebooks.ts";
+import { trainCodebooks } from "./codebooks.ts";
 import { Adam } from "./gpu/adam.ts";
 import { createBlock } from "./gpu/block.ts";
 import { fitMatrix, type FitSettings } from "./gpu/fit.ts";
@@ -107,7 +107,7 @@ async function fitMatrices(
     const hessians = await capture(gpu, keeper, task);
     watch.lap("capture");
     watch.tell("float outputs and Hessians");
-    const start = sampledCodebooks(task, settings, random);
+    const start = startCodebooks(task, settings, random);
     watch.lap("codebooks");
     const matrices = {} as LayerArrays["matrices"];
     const reports: MatrixFit[] = [];
@@ -142,7 +142,7 @@ async function fitMatrices(
 const percent = (share: number) => `${(100 * share).toFixed(2)} %`;
 
 /** Codebooks to begin with: those of plain k-means over some groups of every matrix. */
-function sampledCodebooks(
+function startCodebooks(
   { layer, kept, format }: BlockTask,
   { sampleGroups }: BlockSettings,
   random: Random,
@@ -158,7 +158,7 @@ function sampledCodebooks(
     }
   });
   if (names.length === 0) return new Float32Array(0);
-  return startCodebooks(sample, format, { rounds: START_ROUNDS }, random);
+  return trainCodebooks(sample, format, { rounds: START_ROUNDS }, random);
 }
 
 /** Tunes codebooks, scales and norms to the float model's outputs. */
