@@ -33,6 +33,12 @@ import { StepTimes } from "./step_times.ts";
 import type { WeightStore } from "./weights.ts";
 
 const IN_FLIGHT = LIMITS.maxStepsInFlightPerStage;
+/**
+ * The next step is encoded ahead once as many were alike. What was encoded in vain can be given back
+ * by nobody but the garbage collector, which does not know how much memory hangs on it: several MB of
+ * a long stage's.
+ */
+const ALIKE_STEPS = 8;
 /** How long before a step's end one should turn to it: timers wake a tenth of a millisecond late. */
 const WAKE_MS = 0.15;
 
@@ -75,9 +81,9 @@ export class StageModel implements StageSteps {
   /** Oldest first. */
   readonly #pending: PendingStep[] = [];
   #submitted = 0;
-  /** The last step's counts, and whether the one before it had the same. */
+  /** The last step's counts, and how many steps in a row have had them. */
   #counts: TransformerShape | null = null;
-  #repeats = false;
+  #alike = 0;
   /** The next step's parts but the last, if it has these counts. */
   #prepared: { counts: TransformerShape; commands: GPUCommandBuffer[] } | null = null;
   /** When the GPU was last seen to have finished a step, and the step's span. */
@@ -148,7 +154,7 @@ export class StageModel implements StageSteps {
     this.#head?.sampler.write(batch.requests, batch.rowPosition);
     if (hidden) this.#gpu.write(memory.buffers.frame, 0, hidden as Uint16Array<ArrayBuffer>);
     const counts = inputs.write(batch);
-    this.#repeats = this.#counts !== null && sameCounts(this.#counts, counts);
+    this.#alike = this.#counts && sameCounts(this.#counts, counts) ? this.#alike + 1 : 1;
     this.#counts = counts;
 
     const step = new PendingStep(this.#submitted++, counts, batch.requests);
@@ -161,7 +167,7 @@ export class StageModel implements StageSteps {
   }
 
   prepare(): void {
-    if (!this.#repeats || this.#prepared !== null || this.#counts === null) return;
+    if (this.#alike < ALIKE_STEPS || this.#prepared !== null || this.#counts === null) return;
     const counts = this.#counts;
     const commands = this.#parts.slice(0, -1)
       .map((part) => this.#encodeLayers(this.#submitted, counts, part));

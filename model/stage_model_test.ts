@@ -245,7 +245,11 @@ Deno.test("a stage that is submitted in parts, ahead or behind another step, cha
     const tokens = randomTokens(config, 30, 7);
     const batches = [
       stepBatch(pageTables(1), rowsOf(0, tokens, 0, 20), 0),
-      ...[20, 21, 22, 23].map((at) => stepBatch(pageTables(1), rowsOf(0, tokens, at, at + 1), 1)),
+      // Enough of them alike for the next ones to be encoded ahead.
+      ...Array.from(
+        { length: 10 },
+        (_, i) => stepBatch(pageTables(1), rowsOf(0, tokens, 20 + i, 21 + i), 1),
+      ),
     ];
     const short = await StageChain.load({ gpu, config, tensors, limits: LIMITS, cuts: [7] });
     const expected = [];
@@ -280,6 +284,37 @@ Deno.test("a stage that is submitted in parts, ahead or behind another step, cha
       assertEquals(behind, expected);
     }
     gpu.info.software = software;
+    stage.destroy();
+    weights.destroy();
+  }));
+
+Deno.test("a step is encoded ahead only where many were alike, for what is in vain stays in memory", () =>
+  withGpu(async (gpu) => {
+    const { stage, weights, batch } = await firstLayers(gpu);
+    const other = stepBatch(pageTables(2), [0, 1].map((sequence) => ({ ...ROW, sequence })), 2);
+    const { device } = gpu, create = device.createCommandEncoder;
+    let encoders = 0;
+    device.createCommandEncoder = (descriptor) => (encoders++, create.call(device, descriptor));
+    const encodersOf = async (steps: StepBatch[]) => {
+      encoders = 0;
+      const ahead: number[] = [];
+      for (const step of steps) {
+        const ticket = stage.submit(step, null);
+        const before = encoders;
+        stage.prepare();
+        ahead.push(encoders - before);
+        await stage.finish(ticket);
+      }
+      return { encoders, ahead };
+    };
+    try {
+      const turns = Array.from({ length: 24 }, (_, i) => i % 4 < 2 ? batch : other);
+      assertEquals(await encodersOf(turns), { encoders: 48, ahead: new Array(24).fill(0) });
+      const alike = await encodersOf(new Array(12).fill(batch));
+      assertEquals(alike, { encoders: 25, ahead: [...new Array(7).fill(0), 1, 1, 1, 1, 1] });
+    } finally {
+      device.createCommandEncoder = create;
+    }
     stage.destroy();
     weights.destroy();
   }));
@@ -331,6 +366,8 @@ Deno.test("an error on the device makes the next finish throw", async () => {
   gpu.close();
 });
 
+const ROW = { sequence: 0, position: 0, token: 1 };
+
 /** A stage of a tiny model's first layers, and a step of one row for it. */
 async function firstLayers(gpu: Gpu) {
   const config = tinyConfig({ layers: 1 });
@@ -339,8 +376,7 @@ async function firstLayers(gpu: Gpu) {
   for (const part of ["embedding", "layer.0"] as const) await weights.load(config, part, tensors);
   const spec = { config, from: 0, to: 1, first: true, last: false };
   const stage = await StageModel.load(gpu, { ...spec, limits: LIMITS, profile: PROFILE }, weights);
-  const batch = stepBatch(pageTables(1), [{ sequence: 0, position: 0, token: 1 }], 1);
-  return { stage, weights, batch };
+  return { stage, weights, batch: stepBatch(pageTables(1), [ROW], 1) };
 }
 
 Deno.test("a step that comes while a read lets the event loop turn is run like any other", () =>
