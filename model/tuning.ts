@@ -80,7 +80,8 @@ const POSSIBLE = new Map(CANDIDATES.map((choice) => [JSON.stringify(choice), cho
 const CANDIDATE = z.unknown().transform((value) => POSSIBLE.get(JSON.stringify(value)))
   .refine((choice) => choice !== undefined);
 const CHOICE = z.strictObject({
-  batches: z.array(z.literal([1, 2, 4, 8])).min(1).optional(),
+  // One row alone has a kernel wherever any has: without it a layer might be left with none.
+  batches: z.array(z.literal([1, 2, 4, 8])).refine((batches) => batches.includes(1)).optional(),
   byBatch: z.strictObject({ 1: CANDIDATE, 2: CANDIDATE, 4: CANDIDATE, 8: CANDIDATE }).partial()
     .optional(),
 });

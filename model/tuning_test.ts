@@ -47,6 +47,7 @@ Deno.test("of remembered choices, only those that could be made today count", ()
     b: {},
     b2: { batches: [1, 4] },
     b3: { batches: [3] },
+    b4: { batches: [8] },
     c: { byBatch: { 1: { turnK: 7 } } },
     d: { byBatch: { 3: { prefetch: true } } },
     e: { batches: [1], unroll: "yes" },
