@@ -12,14 +12,12 @@
  */
 import { Gpu } from "../kernels/gpu.ts";
 import { PassTimer } from "../kernels/pass_timer.ts";
-import { STEP_BYTES, type StepShape, stepWords } from "../kernels/kernel.ts";
 import {
-  createLinear,
   type Linear,
-  linearScratchBytes,
   type Matrix,
   syntheticCodes,
   syntheticDense,
+  TrialBuffers,
 } from "../kernels/linear/mod.ts";
 import { parseFormatName } from "../shared/checkpoint/mod.ts";
 import { FleetError } from "../shared/errors.ts";
@@ -151,38 +149,19 @@ async function measure(
   family: Family,
   rows: number,
 ): Promise<number> {
-  const [{ n, k, format, order }] = copies;
+  const [{ n, k }] = copies;
   const range = family === "prefill" ? "prefill" : "decode";
-  const decodeRows = range === "decode" ? rows : 0;
-  const shape: StepShape = { decodeRows, rows, outputs: 0, contextTokens: 1 };
   const x = Float16Array.from({ length: rows * k }, (_, i) => Math.sin(i));
-  const input = gpu.upload("x", new Uint16Array(x.buffer));
-  const output = gpu.storage("y", rows * n * 4);
-  const scratch = gpu.storage("scratch", linearScratchBytes([n, k], format, rows, order));
-  const step = gpu.buffer("step", STEP_BYTES, GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST);
-  gpu.write(step, 0, stepWords(shape));
+  const buffers = new TrialBuffers(gpu, copies[0], x);
+  const shape = buffers.setRows(range, rows);
+  const decode = family === "dequantize" ? "dequantize" : "codegemm";
+  const label = `${n} x ${k} ${family}`;
   const linears: Linear[] = [];
-  for (const matrix of copies) {
-    linears.push(
-      await createLinear({
-        gpu,
-        label: `${n} x ${k} ${family}`,
-        matrix,
-        step,
-        input: { buffer: input, stride: k, offset: 0 },
-        output: { buffer: output, stride: n, offset: 0 },
-        store: "store",
-        maxRows: rows,
-        scratch,
-        ranges: [range],
-        profile: { version: 1, decode: family === "dequantize" ? "dequantize" : "codegemm" },
-      }),
-    );
-  }
+  for (const matrix of copies) linears.push(await buffers.bind(matrix, { label, range, decode }));
   const microseconds = await timer.median((pass) =>
     linears.forEach((linear) => linear.encode(pass, shape, range))
   );
-  for (const buffer of [input, output, scratch, step]) buffer.destroy();
+  buffers.destroy();
   for (const linear of linears) linear.destroy();
   return microseconds / copies.length;
 }

@@ -5,15 +5,13 @@
  * @module
  */
 import type { Gpu } from "../kernels/gpu.ts";
-import { STEP_BYTES, type StepShape, stepWords } from "../kernels/kernel.ts";
 import {
-  createLinear,
   holdableTiles,
-  linearScratchBytes,
   type Matrix,
   PREFILL_TILES,
   type PrefillTile,
   tileName,
+  TrialBuffers,
 } from "../kernels/linear/mod.ts";
 import type { PassTimer } from "../kernels/pass_timer.ts";
 
@@ -33,27 +31,15 @@ export async function timeTiles(
   matrix: Matrix,
   rows: number,
 ): Promise<TileTime[]> {
-  const { n, k, format, order } = matrix;
-  const shape: StepShape = { decodeRows: 0, rows, outputs: 0, contextTokens: 1 };
+  const { n, k } = matrix;
   const x = Float16Array.from({ length: rows * k }, (_, i) => Math.sin(i));
-  const input = gpu.upload("x", new Uint16Array(x.buffer));
-  const output = gpu.storage("y", rows * n * 4);
-  const scratch = gpu.storage("scratch", linearScratchBytes([n, k], format, rows, order));
-  const step = gpu.buffer("step", STEP_BYTES, GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST);
-  gpu.write(step, 0, stepWords(shape));
+  const buffers = new TrialBuffers(gpu, matrix, x);
+  const shape = buffers.setRows("prefill", rows);
   const time = async (tile: PrefillTile) => {
-    const linear = await createLinear({
-      gpu,
+    const linear = await buffers.bind(matrix, {
       label: tileName(tile),
-      matrix,
-      step,
-      input: { buffer: input, stride: k, offset: 0 },
-      output: { buffer: output, stride: n, offset: 0 },
-      store: "store",
-      maxRows: rows,
-      scratch,
-      ranges: ["prefill"],
-      profile: { version: 1, decode: "codegemm" },
+      range: "prefill",
+      decode: "codegemm",
       variant: { prefillTiles: [tile] },
     });
     const microseconds = await timer.median((pass) => linear.encode(pass, shape, "prefill"));
@@ -67,7 +53,7 @@ export async function timeTiles(
     const teraflops = 2 * n * k * rows / microseconds / 1e6;
     times.push({ matrix: matrix.name, tile: tileName(tile), rows, microseconds, teraflops });
   }
-  for (const buffer of [input, output, scratch, step]) buffer.destroy();
+  buffers.destroy();
   return times;
 }
 

@@ -7,11 +7,10 @@
 import type { NumericsProfile } from "../../shared/protocol.ts";
 import { gaussian, seededRandom } from "../../shared/random.ts";
 import type { Gpu } from "../gpu.ts";
-import { STEP_BYTES, type StepShape, stepWords } from "../kernel.ts";
+import type { StepShape } from "../kernel.ts";
 import { PassTimer } from "../pass_timer.ts";
-import { linearScratchBytes } from "./binding.ts";
 import { decodeCode } from "./decode.ts";
-import { createLinear } from "./linear.ts";
+import { TrialBuffers } from "./trial.ts";
 import type { Linear, Matrix } from "./types.ts";
 import type { DecodeChoice, Variant } from "./variant.ts";
 import { decodeFamily, defaultVariant, familyBatches } from "./variant.ts";
@@ -159,17 +158,14 @@ export async function tuningKey(
   return `${gpu.info.name}, ${decode}, ${members} x ${matrix.k}, code ${digest.toHex()}`;
 }
 
-/** Buffers that all variants of a shape are run with. */
+/** Runs all choices of a shape with the same buffers. */
 class TuningBench {
   readonly #gpu: Gpu;
   readonly #matrices: readonly Matrix[];
   readonly #decode: NumericsProfile["decode"];
   readonly #batches: readonly Batch[];
   readonly #timer: PassTimer;
-  readonly #input: GPUBuffer;
-  readonly #output: GPUBuffer;
-  readonly #scratch: GPUBuffer;
-  readonly #step: GPUBuffer;
+  readonly #buffers: TrialBuffers;
 
   constructor(
     gpu: Gpu,
@@ -177,34 +173,28 @@ class TuningBench {
     decode: NumericsProfile["decode"],
     batches: readonly Batch[],
   ) {
-    const [{ n, k, format, order }] = matrices;
-    const rows = Math.max(...batches);
+    const [{ n, k }] = matrices;
     const random = seededRandom(n + k);
-    const x = Float16Array.from({ length: rows * k }, () => gaussian(random));
+    const x = Float16Array.from({ length: Math.max(...batches) * k }, () => gaussian(random));
     this.#gpu = gpu;
     this.#matrices = matrices;
     this.#decode = decode;
     this.#batches = batches;
     this.#timer = new PassTimer(gpu, BUSY_MS);
-    this.#input = gpu.upload("tuning x", new Uint16Array(x.buffer));
-    this.#output = gpu.storage("tuning y", rows * n * 4);
-    this.#scratch = gpu.storage("tuning sums", linearScratchBytes([n, k], format, rows, order));
-    this.#step = gpu.buffer(
-      "tuning step",
-      STEP_BYTES,
-      GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST,
-    );
+    this.#buffers = new TrialBuffers(gpu, matrices[0], x);
   }
 
   /** Runs every batch size. */
   async run(choice: DecodeChoice): Promise<Runs> {
     const linears: Linear[] = [];
     try {
-      for (const matrix of this.#matrices) linears.push(await this.#bind(matrix, choice));
+      const how = { label: "tuning", range: "decode", decode: this.#decode } as const;
+      for (const matrix of this.#matrices) {
+        linears.push(await this.#buffers.bind(matrix, { ...how, variant: { decode: choice } }));
+      }
       const runs: Runs = new Map();
       for (const rows of this.#batches) {
-        const shape: StepShape = { decodeRows: rows, rows, outputs: 0, contextTokens: 1 };
-        this.#gpu.write(this.#step, 0, stepWords(shape));
+        const shape = this.#buffers.setRows("decode", rows);
         const all = (pass: GPUComputePassEncoder) =>
           linears.forEach((linear) => linear.encode(pass, shape, "decode"));
         const microseconds = await this.#timer.median(all) / linears.length;
@@ -218,24 +208,7 @@ class TuningBench {
 
   destroy(): void {
     this.#timer.destroy();
-    for (const buffer of [this.#input, this.#output, this.#scratch, this.#step]) buffer.destroy();
-  }
-
-  #bind(matrix: Matrix, decode: DecodeChoice): Promise<Linear> {
-    return createLinear({
-      gpu: this.#gpu,
-      label: "tuning",
-      matrix,
-      step: this.#step,
-      input: { buffer: this.#input, stride: matrix.k, offset: 0 },
-      output: { buffer: this.#output, stride: matrix.n, offset: 0 },
-      store: "store",
-      maxRows: Math.max(...this.#batches),
-      scratch: this.#scratch,
-      ranges: ["decode"],
-      profile: { version: 0, decode: this.#decode },
-      variant: { decode },
-    });
+    this.#buffers.destroy();
   }
 
   async #results(linear: Linear, shape: StepShape): Promise<Uint32Array> {
@@ -245,6 +218,6 @@ class TuningBench {
     pass.end();
     this.#gpu.device.queue.submit([encoder.finish()]);
     const bytes = shape.rows * this.#matrices[0].n * 4;
-    return new Uint32Array(await this.#gpu.read(this.#output, bytes));
+    return new Uint32Array(await this.#gpu.read(this.#buffers.output, bytes));
   }
 }

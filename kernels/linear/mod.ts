@@ -21,5 +21,6 @@ export type {
   MatrixShape,
   PairFinish,
 } from "./types.ts";
+export { TrialBuffers } from "./trial.ts";
 export { defaultVariant } from "./variant.ts";
 export type { Variant } from "./variant.ts";

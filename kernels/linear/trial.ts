@@ -1,0 +1,77 @@
+/**
+ * Matrices of one shape bound to buffers of their own, to be timed: by autotuning and by benchmarks.
+ *
+ * @module
+ */
+import type { NumericsProfile } from "../../shared/protocol.ts";
+import type { Gpu } from "../gpu.ts";
+import { STEP_BYTES, type StepShape, stepWords } from "../kernel.ts";
+import { linearScratchBytes } from "./binding.ts";
+import { createLinear } from "./linear.ts";
+import type { Linear, Matrix } from "./types.ts";
+import type { Variant } from "./variant.ts";
+
+/** What a matrix is bound for. */
+export interface TrialRun {
+  label: string;
+  range: "decode" | "prefill";
+  decode: NumericsProfile["decode"];
+  variant?: Partial<Variant>;
+}
+
+/** Input, output, scratch and step of up to a given number of rows, of matrices of one shape. */
+export class TrialBuffers {
+  /** float32, N elements a row. */
+  readonly output: GPUBuffer;
+  readonly #gpu: Gpu;
+  readonly #rows: number;
+  readonly #input: GPUBuffer;
+  readonly #scratch: GPUBuffer;
+  readonly #step: GPUBuffer;
+
+  /** @param x float16 activations, K elements a row */
+  constructor(gpu: Gpu, { n, k, format, order }: Matrix, x: Float16Array<ArrayBuffer>) {
+    this.#gpu = gpu;
+    this.#rows = x.length / k;
+    this.#input = gpu.upload("trial x", new Uint16Array(x.buffer));
+    this.output = gpu.storage("trial y", this.#rows * n * 4);
+    const scratchBytes = linearScratchBytes([n, k], format, this.#rows, order);
+    this.#scratch = gpu.storage("trial sums", scratchBytes);
+    const usage = GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST;
+    this.#step = gpu.buffer("trial step", STEP_BYTES, usage);
+  }
+
+  /** Makes the next dispatches those of a step of `rows` rows; returns its shape. */
+  setRows(range: TrialRun["range"], rows: number): StepShape {
+    const decodeRows = range === "decode" ? rows : 0;
+    const shape: StepShape = { decodeRows, rows, outputs: 0, contextTokens: 1 };
+    this.#gpu.write(this.#step, 0, stepWords(shape));
+    return shape;
+  }
+
+  /**
+   * Binds a matrix of the shape.
+   *
+   * @throws FleetError `gpu` as `createLinear` does
+   */
+  bind(matrix: Matrix, { label, range, decode, variant }: TrialRun): Promise<Linear> {
+    return createLinear({
+      gpu: this.#gpu,
+      label,
+      matrix,
+      step: this.#step,
+      input: { buffer: this.#input, stride: matrix.k, offset: 0 },
+      output: { buffer: this.output, stride: matrix.n, offset: 0 },
+      store: "store",
+      maxRows: this.#rows,
+      scratch: this.#scratch,
+      ranges: [range],
+      profile: { version: 0, decode },
+      variant,
+    });
+  }
+
+  destroy(): void {
+    for (const buffer of [this.#input, this.output, this.#scratch, this.#step]) buffer.destroy();
+  }
+}
