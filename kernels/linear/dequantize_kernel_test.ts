@@ -13,7 +13,7 @@ import {
   splitPositions,
 } from "./dequantize_kernel.ts";
 import { loadMatrix, loadStack } from "./matrix.ts";
-import { codeOrder } from "./order.ts";
+import { codeOrder, roundUp } from "./order.ts";
 import { randomTensors } from "./random_tensors.ts";
 import { dequantizeProduct, readCodeTensors } from "./reference.ts";
 import { bitsOf, randomActivations, runLinear, stepShape } from "./rig.ts";
@@ -102,24 +102,27 @@ Deno.test("codes and vectors that the kernel is not for have none", () => {
   }
 });
 
-/** Rows of a random matrix, decoded in the given batch. */
+/** Rows of a random matrix, decoded in the given batch, in chunks of as many as the scratch holds. */
 async function decode(
   gpu: Gpu,
-  { shape, name, batch, choice }: {
+  { shape, name, batch, choice, rows = 3, scratchRows = 8 }: {
     shape: MatrixShape;
     name: string;
     batch: Batch;
     choice?: DecodeChoice;
+    rows?: number;
+    scratchRows?: number;
   },
 ): Promise<Float32Array> {
   const format = formatOf(name);
-  const rows = 3;
   const matrix = await loadMatrix(gpu, randomTensors("w", shape, format, 9), "w", shape, format);
+  const { dequantize, rowBlock } = codeOrder(shape, format);
   const y = await runLinear(gpu, {
     matrix,
     x: bitsOf(randomActivations(rows * shape[1], 4)),
     shape: stepShape(rows),
     ranges: ["decode"],
+    scratchBytes: scratchRows * dequantize.splits * roundUp(shape[0], rowBlock) * 4,
     profile: "dequantize",
     variant: { ...GPU_VARIANT, batches: [batch], decode: { turnK: 16, ...choice } },
   });
@@ -187,6 +190,17 @@ Deno.test("a stack that is cut into bindings has the bits of a whole one: no wor
     const cut = await run({ maxBindingBytes: 5 * 256 * (k / 16) * 4 });
     assertEquals([whole.blocks, cut.blocks], [1, 3]);
     assertEquals(cut.y, whole.y);
+  } finally {
+    gpu.close();
+  }
+});
+
+Deno.test("rows beyond what the scratch holds are decoded behind the others, with the same bits", async () => {
+  const gpu = await Gpu.open({ software: true });
+  try {
+    // Of so many splits, a workgroup of four rows takes one: they meet in the scratch.
+    const at = { shape: [76, 64 * 67] as const, name: "m1v4g64", batch: 4, rows: 7 } as const;
+    assertEquals(await decode(gpu, { ...at, scratchRows: 4 }), await decode(gpu, at));
   } finally {
     gpu.close();
   }
