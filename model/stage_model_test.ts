@@ -343,15 +343,22 @@ Deno.test("a refused step touches no page", () =>
     assertEquals(refused, untouched);
   }));
 
-Deno.test("an error on the device makes the next finish throw", async () => {
-  const gpu = await Gpu.open({ software: true, limits: "default" });
+const ROW = { sequence: 0, position: 0, token: 1 };
+
+/** A stage of a tiny model's first layers, and a step of one row for it. */
+async function firstLayers(gpu: Gpu) {
   const config = tinyConfig({ layers: 1 });
   const weights = new WeightStore(gpu);
   const tensors = randomModel(config, 6);
   for (const part of ["embedding", "layer.0"] as const) await weights.load(config, part, tensors);
   const spec = { config, from: 0, to: 1, first: true, last: false };
   const stage = await StageModel.load(gpu, { ...spec, limits: LIMITS, profile: PROFILE }, weights);
-  const batch = stepBatch(pageTables(1), [{ sequence: 0, position: 0, token: 1 }], 1);
+  return { stage, weights, batch: stepBatch(pageTables(1), [ROW], 1) };
+}
+
+Deno.test("an error on the device makes the next finish throw", async () => {
+  const gpu = await Gpu.open({ software: true, limits: "default" });
+  const { stage, batch } = await firstLayers(gpu);
   await stage.finish(stage.submit(batch, null));
   const tickets = [stage.submit(batch, null), stage.submit(batch, null)];
   const told = new Promise((resolve) => gpu.device.addEventListener("uncapturederror", resolve));
@@ -365,19 +372,6 @@ Deno.test("an error on the device makes the next finish throw", async () => {
   }
   gpu.close();
 });
-
-const ROW = { sequence: 0, position: 0, token: 1 };
-
-/** A stage of a tiny model's first layers, and a step of one row for it. */
-async function firstLayers(gpu: Gpu) {
-  const config = tinyConfig({ layers: 1 });
-  const weights = new WeightStore(gpu);
-  const tensors = randomModel(config, 6);
-  for (const part of ["embedding", "layer.0"] as const) await weights.load(config, part, tensors);
-  const spec = { config, from: 0, to: 1, first: true, last: false };
-  const stage = await StageModel.load(gpu, { ...spec, limits: LIMITS, profile: PROFILE }, weights);
-  return { stage, weights, batch: stepBatch(pageTables(1), [ROW], 1) };
-}
 
 Deno.test("a step that comes while a read lets the event loop turn is run like any other", () =>
   withGpu(async (gpu) => {

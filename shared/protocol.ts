@@ -132,8 +132,8 @@ export type NumericsProfile = z.infer<typeof NumericsProfile>;
 
 /**
  * The kernel family that decodes a format fastest (measured on an H200, see bench/README.md): with one
- * codebook, centroids are gathered without a bank conflict at any batch; with more, Psumbooks win for
- * one to three rows.
+ * codebook, centroids are gathered without a bank conflict at any batch; with more, Psumbooks win up
+ * to four rows.
  */
 export function fastestDecode(format: { m: number } | null): NumericsProfile["decode"] {
   return format?.m === 1 ? "dequantize" : "codegemm";

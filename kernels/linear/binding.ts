@@ -17,7 +17,7 @@ import type { Params } from "./wgsl.ts";
 import { PARAM_BYTES, PARAM_WORDS, RANGE_CODES } from "./wgsl.ts";
 
 /** Rows that the scratch holds are a multiple of this, or a power of two below it. */
-export const MAX_BATCH = 8;
+const MAX_BATCH = 8;
 /** Scratch beyond which more rows take more dispatches instead. */
 const SCRATCH_BYTES = 64 * 1024 * 1024;
 

@@ -15,8 +15,7 @@ import { times } from "./wgsl.ts";
 /**
  * Psumbooks are made in one half of the workgroup's books while the other half is gathered from, so
  * that one barrier a stage is enough: a half is written again only after everyone has passed the
- * barrier behind its last gather. Each Psumbook is an array of its own, indexed by the code alone,
- * which compilers can see to be within bounds.
+ * barrier behind its last gather. Each Psumbook is an array of its own, indexed by the code alone.
  */
 export function unrolledPsumbook(kernel: CodeKernel, lanes: BatchLanes): CodeBody {
   const { format: { m }, order, threads, rowsPerThread } = kernel;

@@ -18,7 +18,7 @@ import { codeKernelWgsl } from "./code_wgsl.ts";
 import { denseKernelBytes, denseKernelWgsl } from "./dense_wgsl.ts";
 import { dequantizeColumns, dequantizeKernel, holdsWholeSums } from "./dequantize_kernel.ts";
 import { dequantizeKernelWgsl } from "./dequantize_wgsl.ts";
-import { reduceColumns, reduceWgsl } from "./reduce_wgsl.ts";
+import { REDUCE_BINDINGS, reduceColumns, reduceWgsl } from "./reduce_wgsl.ts";
 import type { LinearOptions, Matrix } from "./types.ts";
 import type { Variant } from "./variant.ts";
 import { choiceOf, codeThreads, decodeFamily, familyBatches } from "./variant.ts";
@@ -26,7 +26,6 @@ import type { Batch, Target } from "./wgsl.ts";
 
 const CODE_BINDINGS = ["uniform", "uniform", "read", "read", "read", "read", "write"] as const;
 const DENSE_BINDINGS = ["uniform", "uniform", "read", "read", "write"] as const;
-const REDUCE_BINDINGS = ["uniform", "uniform", "read", "write"] as const;
 /** K that a CodeGEMM kernel takes at a turn, until autotuning says better. */
 const TURN_K = 64;
 

@@ -21,15 +21,13 @@ export async function createLinear(options: LinearOptions): Promise<Linear> {
   const { label, gpu, ranges, matrix } = options;
   const variant = { ...defaultVariant(gpu.info.software), ...options.variant };
   const uniforms = new Uniforms(options);
-  let decode: DecodePlan | null = null;
   let prefill: PrefillPlan | null = null;
   const plans: Partial<Record<RowRange, DecodePlan>> = {};
   for (const range of ranges) {
     if (range === "prefill") {
       prefill = await planPrefill(options, variant, uniforms);
     } else {
-      decode = await planDecode(options, variant, range, uniforms);
-      plans[range] = decode;
+      plans[range] = await planDecode(options, variant, range, uniforms);
     }
   }
   uniforms.upload(gpu);

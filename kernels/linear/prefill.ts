@@ -16,13 +16,12 @@ import { hasPackedDot } from "./code_words_wgsl.ts";
 import type { PrefillTile } from "./prefill_tile.ts";
 import { mostRows, prefillBytes, prefillSplits, prefillThreads } from "./prefill_tile.ts";
 import { prefillWgsl } from "./prefill_wgsl.ts";
-import { reduceColumns, reduceWgsl } from "./reduce_wgsl.ts";
+import { REDUCE_BINDINGS, reduceColumns, reduceWgsl } from "./reduce_wgsl.ts";
 import type { LinearOptions, Matrix } from "./types.ts";
 import type { Variant } from "./variant.ts";
 
 const CODE_BINDINGS = ["uniform", "uniform", "read", "write", "read", "read", "read"] as const;
 const DENSE_BINDINGS = ["uniform", "uniform", "read", "write", "read"] as const;
-const REDUCE_BINDINGS = ["uniform", "uniform", "read", "write"] as const;
 
 /** In place of tiles that no workgroup can hold: codes of very many weights have deep ones. */
 const SMALL_TILE: PrefillTile = { rows: 8, columns: 32, patchRows: 2, patchColumns: 2 };

@@ -12,6 +12,9 @@ const THREADS = 256;
 /** Loads under way together. */
 const UNROLL = 8;
 
+/** Step, params, partial sums, output; those of a finish come behind them. */
+export const REDUCE_BINDINGS = ["uniform", "uniform", "read", "write"] as const;
+
 /** Columns of N, or pairs of them, that a workgroup sums. */
 export function reduceColumns(slices: number): number {
   return THREADS / slices;

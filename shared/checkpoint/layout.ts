@@ -42,9 +42,6 @@ const I32: readonly DType[] = ["I32"];
 const MAX_CODEBOOKS = 16;
 const MAX_VECTOR = 64;
 
-/** The three tensors of a matrix in CodeGEMM format. */
-export const CODEGEMM_TENSORS = ["codes", "codebooks", "scales"] as const;
-
 /** `m1v4g128` and the like; `m1v8b16` has one scale per row and codes of 16 bits. */
 export function formatName({ m, v, g, b }: CodeGemmFormat): string {
   return `m${m}v${v}${g === ROW_SCALE ? "" : `g${g}`}${b === 8 ? "" : `b${b}`}`;

@@ -8,7 +8,6 @@ export { parseModelConfig } from "./config.ts";
 export {
   allParts,
   checkFormat,
-  CODEGEMM_TENSORS,
   codegemmTensors,
   formatName,
   parseFormatName,
