@@ -120,7 +120,13 @@ var<workgroup> inputs: array<array<vec4<f16>, ${batch * turnPositions * v / 4}>,
 
 const tableName = (v: number, t: number) => `table${Math.floor(t / (v / 4))}_${t % (v / 4)}`;
 
-/** The codebooks into workgroup memory: neighbouring lanes write different copies at a time. */
+/**
+ * The codebooks into workgroup memory: neighbouring lanes write different copies at a time.
+ *
+ * The halves of a four change places. Loads of 8 and 16 bytes put halves into even and odd registers
+ * by turns; crosswise, the two that are multiplied come from different banks of an NVIDIA GPU's
+ * register file, and the sum never makes three of one.
+ */
 function fillTables(kernel: DequantizeKernel): string {
   const { format: { m, v }, copies } = kernel;
   const threads = dequantizeThreads(kernel);
@@ -135,7 +141,7 @@ ${
 ${
     times(copies, (c) =>
       `    { let at = entry * ${copies}u + ((lane + ${c}u) & ${copies - 1}u);
-${times(m * quads, (t) => `${tableName(v, t)}[at] = centroid${t};`)} }`)
+${times(m * quads, (t) => `${tableName(v, t)}[at] = centroid${t}.zwxy;`)} }`)
   }
   }`;
 }
@@ -220,9 +226,9 @@ function products(kernel: DequantizeKernel, position: number, perWord: number): 
         const input = `a${b}_${position * quads + q}`;
         parts.push(
           opens
-            ? `${pair} = ${input}.xy * c${q}.xy;`
-            : `${pair} = fma(${input}.xy, c${q}.xy, ${pair});`,
-          `${pair} = fma(${input}.zw, c${q}.zw, ${pair});`,
+            ? `${pair} = ${input}.xy * c${q}.zw;`
+            : `${pair} = fma(${input}.xy, c${q}.zw, ${pair});`,
+          `${pair} = fma(${input}.zw, c${q}.xy, ${pair});`,
         );
         if (!closes) continue;
         const scale = scaleOf(kernel, position, r);
