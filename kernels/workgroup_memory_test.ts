@@ -14,6 +14,7 @@ import { holdableTiles, prefillCode } from "./linear/prefill.ts";
 import { PREFILL_TILES, tileName } from "./linear/prefill_tile.ts";
 import type { Matrix } from "./linear/types.ts";
 import { decodeFamily, defaultVariant, familyBatches } from "./linear/variant.ts";
+import { BATCHES } from "./linear/wgsl.ts";
 import type { Gpu } from "./gpu.ts";
 import { prefillWgsl } from "./transformer/attention_wgsl.ts";
 import { decodeSplitWgsl } from "./transformer/decode_attention_wgsl.ts";
@@ -132,7 +133,7 @@ Deno.test("every decode kernel, with every choice of autotuning, keeps to thread
         const family = matrix.format === null ? "dense" : decodeFamily(matrix.format, { decode });
         for (const software of [false, true]) {
           const variant = defaultVariant(software);
-          for (const batch of familyBatches({ ...variant, batches: [1, 2, 4, 8] }, family)) {
+          for (const batch of familyBatches({ ...variant, batches: BATCHES }, family)) {
             for (const choice of [{}, ...software ? [] : CANDIDATES]) {
               const made = decodeCode(
                 {

@@ -7,6 +7,7 @@
 import { z } from "zod";
 import type { Gpu } from "../kernels/gpu.ts";
 import {
+  BATCHES,
   CANDIDATES,
   type Matrix,
   tuneLinear,
@@ -81,8 +82,8 @@ const CANDIDATE = z.unknown().transform((value) => POSSIBLE.get(JSON.stringify(v
   .refine((choice) => choice !== undefined);
 const CHOICE = z.strictObject({
   // One row alone has a kernel wherever any has: without it a layer might be left with none.
-  batches: z.array(z.literal([1, 2, 4, 8])).refine((batches) => batches.includes(1)).optional(),
-  byBatch: z.strictObject({ 1: CANDIDATE, 2: CANDIDATE, 4: CANDIDATE, 8: CANDIDATE }).partial()
+  batches: z.array(z.literal(BATCHES)).refine((batches) => batches.includes(1)).optional(),
+  byBatch: z.partialRecord(z.literal(BATCHES), CANDIDATE)
     .optional(),
 });
 

@@ -6,11 +6,12 @@
  *
  * @module
  */
+import { BATCHES } from "../kernels/mod.ts";
 import { GREEDY, type RowRequest, type SamplingParams, type StepBatch } from "../shared/frames.ts";
 import type { StageSpec, StageSteps } from "./stage_spec.ts";
 
 /** Decode rows of the warm-up steps: each makes another batch size of the decode kernels run. */
-const DECODE_ROWS = [1, 2, 4, 8];
+const DECODE_ROWS: readonly number[] = BATCHES;
 
 /**
  * Runs every kernel of a stage once. Pages hold nothing of worth yet: what is written to them is

@@ -25,7 +25,7 @@ function recorder(spec: Parameters<typeof warmUp>[1]) {
   return { model, seen };
 }
 
-const LIMITS = { maxRows: 64, maxSequences: 16, maxOutputs: 4, pages: 32, contextTokens: 64 };
+const LIMITS = { maxRows: 64, maxSequences: 17, maxOutputs: 4, pages: 32, contextTokens: 64 };
 
 Deno.test("warm-up runs every decode batch size and prefill rows, within the stage's limits", async () => {
   const config = tinyConfig({});
@@ -34,9 +34,9 @@ Deno.test("warm-up runs every decode batch size and prefill rows, within the sta
     const spec = { config, from: 0, to: 1, first, last, profile, limits: LIMITS };
     const { model, seen } = recorder(spec);
     await warmUp(model, spec);
-    assertEquals(seen.map(({ decode }) => decode), [1, 2, 4, 8]);
+    assertEquals(seen.map(({ decode }) => decode), [1, 2, 4, 8, 16]);
     assertEquals(seen.every(({ prefill }) => prefill === 1), true);
-    assertEquals(seen.map(({ requests }) => requests), last ? [2, 3, 4, 4] : [0, 0, 0, 0]);
+    assertEquals(seen.map(({ requests }) => requests), last ? [2, 3, 4, 4, 4] : [0, 0, 0, 0, 0]);
   }
 });
 

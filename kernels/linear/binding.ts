@@ -14,10 +14,10 @@ import { type PrefillCode, prefillSplits } from "./prefill_tile.ts";
 import type { LinearOptions, Matrix, MatrixBlock, MatrixShape } from "./types.ts";
 import { decodeFamily } from "./variant.ts";
 import type { Params } from "./wgsl.ts";
-import { PARAM_BYTES, PARAM_WORDS, RANGE_CODES } from "./wgsl.ts";
+import { BATCHES, PARAM_BYTES, PARAM_WORDS, RANGE_CODES } from "./wgsl.ts";
 
 /** Rows that the scratch holds are a multiple of this, or a power of two below it. */
-const MAX_BATCH = 8;
+const MAX_BATCH = Math.max(...BATCHES);
 /** Scratch beyond which more rows take more dispatches instead. */
 const SCRATCH_BYTES = 64 * 1024 * 1024;
 

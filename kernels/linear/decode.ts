@@ -173,7 +173,7 @@ export function encodeDecode(
   for (let c = 0, from = 0; from < rows; c++, from += plan.chunkRows) {
     invariant(c < plan.chunks.length, `${name} was bound for fewer than ${rows} rows`);
     const count = Math.min(plan.chunkRows, rows - from);
-    const kernel = plan.kernels.find(({ batch }) => batch >= count) ?? plan.kernels.at(-1)!;
+    const kernel = kernelFor(plan.kernels, count);
     const behind = kernel.splitGroups > 1 ? plan.reduce : plan.finish;
     for (const dispatch of plan.chunks[c]) {
       pass.setPipeline(kernel.pipeline);
@@ -190,6 +190,19 @@ export function encodeDecode(
       }
     }
   }
+}
+
+/**
+ * The kernel for so many rows: the smallest that takes them at once. Else, of the largest and those half
+ * as large, the one that computes the fewest rows that are not there; the larger of equals.
+ */
+function kernelFor(kernels: readonly DecodeKernel[], rows: number): DecodeKernel {
+  const atOnce = kernels.find(({ batch }) => batch >= rows);
+  if (atOnce) return atOnce;
+  const largest = kernels.at(-1)!;
+  const computed = ({ batch }: DecodeKernel) => Math.ceil(rows / batch) * batch;
+  return kernels.filter(({ batch }) => 2 * batch >= largest.batch)
+    .reduce((best, kernel) => computed(kernel) <= computed(best) ? kernel : best);
 }
 
 /** What decides a decode kernel's code, beside variant, batch and target. */
@@ -237,6 +250,8 @@ export function decodeCode(
       };
     }
   }
+  // Sixteen rows are for the kernel above alone: others would run out of registers.
+  if (batch > 8) return null;
   const { splits } = layerSplits(options);
   const { threads, perThread } = codeThreads(order, family, batch, choice, maxThreads);
   const vectorInput = isVectorInput(options) && format.v % 4 === 0;

@@ -6,7 +6,7 @@
 import { type CodeGemmFormat, codesPerWord } from "../../shared/model_config.ts";
 import { hasPackedDot } from "./code_words_wgsl.ts";
 import type { CodeOrder } from "./order.ts";
-import { gcd, largestDivisor, lcm } from "./order.ts";
+import { FLOAT16_SUM_K, gcd, largestDivisor, lcm } from "./order.ts";
 import type { DecodeChoice, Variant } from "./variant.ts";
 import type { Batch } from "./wgsl.ts";
 
@@ -27,8 +27,8 @@ export interface DequantizeKernel {
   turnPositions: number;
   /** Code words are loaded a turn ahead: less waiting, more registers. */
   prefetch: boolean;
-  /** The activations of the workgroup's splits stand in workgroup memory. */
-  localInput: boolean;
+  /** Turns of a split whose activations stand in workgroup memory at a time; 0: none ever do. */
+  inputTurns: number;
   /** How often each centroid stands in workgroup memory, a power of two. */
   copies: number;
   /** WGSL has packed dot products. */
@@ -37,14 +37,26 @@ export interface DequantizeKernel {
 
 /** With 16 copies of 8-byte entries, half a warp of an NVIDIA GPU reads without a bank conflict. */
 const MAX_COPIES = 16;
-/** Fewer than that cost more than activations in workgroup memory gain. */
-const ENOUGH_COPIES = 4;
+/** With these, gathers take about as long as the products of eight rows do. */
+const FEW_COPIES = 4;
 /** From this batch on a thread has little else than sums in its registers: K is split instead. */
 const SPLIT_BATCH = 4;
+/** From this batch on what counts is products: threads are many, and gathers may take longer. */
+const TALL_BATCH = 8;
 /** K whose activations a workgroup holds at a time, of batches that split K. */
 const LOCAL_K = 1024;
-/** Fewer splits than this come from many rows of N: then a thread can hold more of them. */
+const TALL_LOCAL_K = 128;
+/**
+ * Workgroup memory that an H200's multiprocessor has for all workgroups on it together under Vulkan,
+ * as their number shows that run at once; and the threads it should have, 16 warps: more do not find
+ * registers.
+ */
+const SHARED_BYTES = 48 * 1024;
+const SHARED_THREADS = 512;
+/** Fewer splits than this come from many rows of N. */
 const FEW_SPLITS = 8;
+/** Four schedulers of 32 lanes each. */
+const THREAD_STEP = 128;
 /** Of the GPU that the shapes are made for; WebGPU does not tell. */
 const MULTIPROCESSORS = 132;
 /** N from which on they fill a large GPU even so. */
@@ -84,9 +96,9 @@ export function splitPositions(order: CodeOrder): number {
 
 /** Workgroup memory of a kernel, bytes. */
 export function dequantizeBytes(kernel: DequantizeKernel): number {
-  const { format: { m, v }, order, batch, splits, copies, localInput } = kernel;
+  const { format: { m, v }, batch, splits, copies, turnPositions, inputTurns } = kernel;
   const tables = m * 256 * v * 2 * copies;
-  const input = localInput ? splits * splitPositions(order) * v * 2 * batch : 0;
+  const input = splits * inputTurns * turnPositions * v * 2 * batch;
   const sums = holdsWholeSums(kernel) && splits > 1 ? splits * dequantizeColumns(kernel) * 4 : 0;
   return tables + input + sums;
 }
@@ -105,35 +117,31 @@ export function dequantizeKernel(
   if (!variant.unroll || format.b !== 8 || format.v % 4 !== 0) return null;
   const { splits } = order.dequantize;
   const whole = batch < SPLIT_BATCH && splits * MIN_LANES <= room.maxThreads;
-  const shape = whole
-    ? wholeShape(order, variant, room)
-    : splitShape(format, order, batch, variant, room);
-  const turnK = variant.turnK ?? (batch === 2 ? 64 : 32);
-  const kernel: DequantizeKernel = {
+  const turnK = variant.turnK ?? (batch === 1 ? 32 : batch === 2 ? 64 : FLOAT16_SUM_K);
+  const base = {
     format,
     order,
     batch,
-    ...shape,
     turnPositions: turnPositions(format, order, turnK),
     prefetch: variant.prefetch ?? !whole,
-    localInput: !whole,
-    copies: MAX_COPIES,
     packed: hasPackedDot(),
   };
-  const fitting = fit(kernel, room);
-  if (fitting !== null && fitting.copies >= ENOUGH_COPIES) return fitting;
-  return fit({ ...kernel, localInput: false }, room) ?? fitting;
+  if (whole) {
+    const kernel = { ...base, ...wholeShape(order, variant, room), inputTurns: 0 };
+    return fit({ ...kernel, copies: MAX_COPIES }, room);
+  }
+  const kernel = { ...base, ...splitShape(base, variant, room) };
+  return fit(kernel, room) ?? fit({ ...kernel, inputTurns: 0 }, room);
 }
 
 /** All splits in one workgroup, and no more workgroups than a large GPU runs at once. */
 function wholeShape(order: CodeOrder, variant: DecodeChoice, room: KernelRoom) {
   const { splits } = order.dequantize;
   const rows = room.members.reduce((sum, n) => sum + n, 0);
-  const few = splits <= FEW_SPLITS;
-  const rowsPerThread = variant.codeRowsPerThread ?? (few && rows >= TALL_N ? 8 : 4);
-  // 448 threads cut the N of Llama's gate and up evenly for 132 multiprocessors.
+  const rowsPerThread = variant.codeRowsPerThread ?? 4;
+  // 448 threads, or twice as many, cut the N of Llama's gate and up evenly for 132 multiprocessors.
   const most = Math.floor(
-    Math.min(variant.codeThreads ?? (few ? 448 : 512), room.maxThreads) / splits,
+    Math.min(variant.codeThreads ?? (splits <= FEW_SPLITS ? 448 : 512), room.maxThreads) / splits,
   );
   let lanes = Math.max(MIN_LANES, most - most % MIN_LANES);
   const fills = rows > lanes * rowsPerThread * MULTIPROCESSORS;
@@ -143,20 +151,38 @@ function wholeShape(order: CodeOrder, variant: DecodeChoice, room: KernelRoom) {
   return { splits, rowsPerThread, lanes: lanesOf(room, rowsPerThread, lanes) };
 }
 
-/** As many splits as their activations allow. */
+/** Splits of K shared out among workgroups, and the activations of some turns in each. */
 function splitShape(
-  format: CodeGemmFormat,
-  order: CodeOrder,
-  batch: Batch,
+  { format, order, batch, turnPositions }: Pick<
+    DequantizeKernel,
+    "format" | "order" | "batch" | "turnPositions"
+  >,
   variant: DecodeChoice,
   room: KernelRoom,
 ) {
-  const threads = Math.min(variant.codeThreads ?? (batch === 8 ? 256 : 512), room.maxThreads);
-  const most = Math.max(1, Math.floor(LOCAL_K / (splitPositions(order) * format.v)));
-  const splits = largestDivisor(order.dequantize.splits, most, 1);
+  const tall = batch >= TALL_BATCH;
   const rowsPerThread = variant.codeRowsPerThread ?? 4;
-  const lanes = lanesOf(room, rowsPerThread, Math.floor(threads / splits));
-  return { splits, rowsPerThread, lanes };
+  const turnK = turnPositions * format.v;
+  const splitK = splitPositions(order) * format.v;
+  const most = Math.max(1, Math.floor(LOCAL_K / splitK));
+  const splits = tall ? 1 : largestDivisor(order.dequantize.splits, most, 1);
+  const inputTurns = Math.max(
+    1,
+    Math.floor(Math.min(splitK, tall ? TALL_LOCAL_K : splitK) / turnK),
+  );
+  const copies = tall ? FEW_COPIES : MAX_COPIES;
+  const bytes = format.m * 256 * format.v * 2 * copies + inputTurns * turnK * 2 * batch;
+  const wanted = tall
+    ? Math.max(
+      THREAD_STEP,
+      Math.ceil(SHARED_THREADS / Math.floor(SHARED_BYTES / bytes) / THREAD_STEP) * THREAD_STEP,
+    )
+    : room.members.reduce((sum, n) => sum + n, 0) >= TALL_N
+    ? 896
+    : SHARED_THREADS;
+  const threads = Math.min(variant.codeThreads ?? wanted, room.maxThreads);
+  const lanes = lanesOf(room, rowsPerThread, Math.max(1, Math.floor(threads / splits)));
+  return { splits, rowsPerThread, lanes, inputTurns, copies };
 }
 
 /**

@@ -3,9 +3,13 @@
  * is multiplied with the activations in pairs along K, so that one float16 multiply-add makes two
  * products.
  *
- * The codebooks stand in workgroup memory as often as fits, lanes spread over the copies, so that they
+ * The codebooks stand in workgroup memory several times, lanes spread over the copies, so that they
  * seldom meet in a bank. Threads of a workgroup share out rows of N and, for few rows of the step,
  * all splits of K: then their sums meet in workgroup memory and no partial sums go to memory.
+ *
+ * A thread gathers the centroids of what may be summed in float16, for all its rows of N, and goes
+ * with them through the rows of the step one by one: little more than its sums stays in registers,
+ * and a load of activations serves all its rows of N.
  *
  * Array indices that are not constant cost two instructions each, because WGSL's implementations
  * clamp them: so activations are arrays of a turn's, and a code becomes its index in one instruction
@@ -22,7 +26,7 @@ import {
   holdsWholeSums,
   splitPositions,
 } from "./dequantize_kernel.ts";
-import { gcd } from "./order.ts";
+import { FLOAT16_SUM_K, gcd } from "./order.ts";
 import { HEADER_WGSL, putWgsl, type Target, times } from "./wgsl.ts";
 
 /**
@@ -85,15 +89,12 @@ ${
 ${kernel.prefetch ? loadWords(kernel, "position", (name) => `var next${name}`) : ""}
   let copy = lane & ${kernel.copies - 1}u;
 ${fillTables(kernel)}
-${kernel.localInput ? fillInput(kernel) : ""}
-  workgroupBarrier();
+${kernel.inputTurns > 0 ? "" : "  workgroupBarrier();"}
+${times(rowsPerThread, (r) => times(batch, (b) => `  var acc${r}_${b} = 0.0;`))}
 ${
-    times(rowsPerThread, (r) =>
-      times(batch, (b) => `  var acc${r}_${b} = 0.0; var pair${r}_${b} = vec2<f16>();`))
-  }
-  for (var turn = 0u; turn < turns; turn++) {
+    kernel.inputTurns > 0 ? chunkedTurns(kernel) : `  for (var turn = 0u; turn < turns; turn++) {
 ${turn(kernel)}
-    position += ${kernel.turnPositions}u;
+  }`
   }
 ${whole && splits > 1 ? addSplits(kernel, target) : storeSums(kernel, target)}
 }
@@ -101,15 +102,15 @@ ${whole && splits > 1 ? addSplits(kernel, target) : storeSums(kernel, target)}
 }
 
 function declarations(kernel: DequantizeKernel): string {
-  const { format: { m, v }, batch, splits, copies, turnPositions, order, localInput } = kernel;
+  const { format: { m, v }, batch, splits, copies, turnPositions, inputTurns } = kernel;
   const tables = times(
     m * v / 4,
     (t) => `var<workgroup> ${tableName(v, t)}: array<vec4<f16>, ${256 * copies}>;`,
   );
-  const input = localInput
-    ? `// A turn's activations, row by row.
+  const input = inputTurns > 0
+    ? `// Activations of a turn of a split each, row by row.
 var<workgroup> inputs: array<array<vec4<f16>, ${batch * turnPositions * v / 4}>, ${
-      splits * splitPositions(order) / turnPositions
+      splits * inputTurns
     }>;`
     : "";
   const sums = holdsWholeSums(kernel) && splits > 1
@@ -146,26 +147,34 @@ ${times(m * quads, (t) => `${tableName(v, t)}[at] = centroid${t}.zwxy;`)} }`)
   }`;
 }
 
-/** The activations of the workgroup's splits into workgroup memory. */
-function fillInput(kernel: DequantizeKernel): string {
-  const { format: { v }, order, batch, splits, turnPositions } = kernel;
+/** All turns, the activations of some of them at a time in workgroup memory. */
+function chunkedTurns(kernel: DequantizeKernel): string {
+  const { format: { v }, order, batch, splits, turnPositions, inputTurns, lanes } = kernel;
   const turnQuads = turnPositions * v / 4;
-  const turns = splits * splitPositions(order) / turnPositions;
-  return `  let input_at = workgroup.y * ${splits * splitPositions(order) * v / 4}u;
-  for (var i = lane; i < ${turns * batch * turnQuads}u; i += ${dequantizeThreads(kernel)}u) {
-    let at = i % ${batch * turnQuads}u;
-    let row = min(first + at / ${turnQuads}u, rows - 1u);
-    let turn = i / ${batch * turnQuads}u;
-    inputs[turn][at] = x[input_of(row) + input_at + turn * ${turnQuads}u + at % ${turnQuads}u];
+  const turnRows = batch * turnQuads;
+  const splitTurns = splitPositions(order) / turnPositions;
+  return `  for (var chunk = 0u; chunk < ${splitTurns}u; chunk += ${inputTurns}u) {
+    if (chunk > 0u) { workgroupBarrier(); }
+    for (var i = lane; i < ${splits * inputTurns * turnRows}u; i += ${dequantizeThreads(kernel)}u) {
+      let at = i % ${turnRows}u;
+      let row = min(first + at / ${turnQuads}u, rows - 1u);
+      let slot = i / ${turnRows}u;
+      let turn = (workgroup.y * ${splits}u + slot / ${inputTurns}u) * ${splitTurns}u + chunk
+        + slot % ${inputTurns}u;
+      inputs[slot][at] = x[input_of(row) + turn * ${turnQuads}u + at % ${turnQuads}u];
+    }
+    workgroupBarrier();
+    let slots = lane / ${lanes}u * ${inputTurns}u;
+    for (var turn = chunk; turn < min(chunk + ${inputTurns}u, turns); turn++) {
+      let slot = slots + turn - chunk;
+${turn(kernel)}
+    }
   }`;
 }
 
 /** Positions `[position, position + turnPositions)`. */
 function turn(kernel: DequantizeKernel): string {
-  const { format: { v }, order, batch, turnPositions, localInput, lanes, prefetch } = kernel;
-  const perWord = codesPerWord(kernel.format);
-  const quads = v / 4;
-  const turnQuads = turnPositions * quads;
+  const { format: { v }, order, turnPositions, inputTurns, prefetch } = kernel;
   const parts = prefetch
     ? [
       eachWord(kernel, (name) => `let w${name} = next${name};`),
@@ -175,69 +184,77 @@ function turn(kernel: DequantizeKernel): string {
     ]
     : [loadWords(kernel, "position", (name) => `let w${name}`)];
   parts.push(loadScales(kernel));
-  if (localInput) {
-    const perSplit = splitPositions(order) / turnPositions;
-    parts.push(`let input_turn = lane / ${lanes}u * ${perSplit}u + turn;`);
-  } else {
-    parts.push(`let input_quad = position * ${quads}u;`);
-  }
-  // Two quads of activations stand side by side: one load each for both.
-  const together = Math.max(1, Math.floor(2 / quads));
-  for (let from = 0; from < turnPositions; from += together) {
-    const count = Math.min(together, turnPositions - from);
-    parts.push("{");
-    for (let b = 0; b < batch; b++) {
-      for (let q = from * quads; q < (from + count) * quads; q++) {
-        parts.push(
-          localInput
-            ? `let a${b}_${q} = inputs[input_turn][${b * turnQuads + q}u];`
-            : `let a${b}_${q} = x[x${b} + input_quad + ${q}u];`,
-        );
-      }
+  if (inputTurns === 0) parts.push(`let input_quad = position * ${v / 4}u;`);
+  // A group of positions is summed in float16; a vector longer than that in pieces.
+  const groupQuads = order.groupPositions * v / 4;
+  for (let group = 0; group < turnPositions * v / 4; group += groupQuads) {
+    for (let quad = 0; quad < groupQuads; quad += FLOAT16_SUM_K / 4) {
+      parts.push(chain(kernel, group + quad, Math.min(FLOAT16_SUM_K / 4, groupQuads - quad)));
     }
-    for (let p = from; p < from + count; p++) parts.push(products(kernel, p, perWord));
-    parts.push("}");
   }
+  parts.push(`position += ${turnPositions}u;`);
   return parts.join("\n");
 }
 
-/** The products of a position for all rows of N of a thread. */
-function products(kernel: DequantizeKernel, position: number, perWord: number): string {
-  const { format, order, batch, rowsPerThread, copies, packed } = kernel;
-  const { m, v } = format;
+/** The products of `count` fours of K from the turn's `first` on, summed in float16, then scaled. */
+function chain(kernel: DequantizeKernel, first: number, count: number): string {
+  const { format: { m, v }, batch, rowsPerThread, inputTurns, turnPositions } = kernel;
+  const turnQuads = turnPositions * v / 4;
   const quads = v / 4;
-  const opensGroup = position % order.groupPositions === 0;
-  const closesGroup = (position + 1) % order.groupPositions === 0;
-  return times(rowsPerThread, (r) => {
-    const parts = ["{"];
-    for (let k = 0; k < m; k++) {
-      const word = `w${Math.floor(position / perWord)}_${k}_${r >> 2}.${"xyzw"[r & 3]}`;
-      const at = codeIndex(format, word, position % perWord, copies, "copy", packed);
-      parts.push(`let at${k} = ${at};`);
-    }
-    for (let q = 0; q < quads; q++) {
-      const centroid = Array.from({ length: m }, (_, k) => `table${k}_${q}[at${k}]`).join(" + ");
-      // A vector longer than the float16 bound is closed in between.
-      const opens = q === 0 ? opensGroup : q % 4 === 0;
-      const closes = q === quads - 1 ? closesGroup : q % 4 === 3;
-      parts.push(`let c${q} = ${centroid};`);
-      for (let b = 0; b < batch; b++) {
-        const pair = `pair${r}_${b}`;
-        const input = `a${b}_${position * quads + q}`;
-        parts.push(
-          opens
-            ? `${pair} = ${input}.xy * c${q}.zw;`
-            : `${pair} = fma(${input}.xy, c${q}.zw, ${pair});`,
-          `${pair} = fma(${input}.zw, c${q}.xy, ${pair});`,
+  const input = (b: number, q: number) =>
+    inputTurns > 0 ? `inputs[slot][${b * turnQuads + q}u]` : `x[x${b} + input_quad + ${q}u]`;
+  const positions = Math.ceil(count / quads);
+  const start = Math.floor(first / quads);
+  const gathers = times(rowsPerThread, (r) =>
+    [
+      ...Array.from({ length: positions * m }, (_, i) => {
+        const position = Math.floor(i / m);
+        return `let at${r}_${position}_${i % m} = ${placeOf(kernel, start + position, r, i % m)};`;
+      }),
+      ...Array.from({ length: count }, (_, i) => {
+        const position = Math.floor((first + i) / quads) - start;
+        const tables = Array.from(
+          { length: m },
+          (_, k) => `table${k}_${(first + i) % quads}[at${r}_${position}_${k}]`,
         );
-        if (!closes) continue;
-        const scale = scaleOf(kernel, position, r);
-        parts.push(`acc${r}_${b} = fma(${scale}, f32(${pair}.x + ${pair}.y), acc${r}_${b});`);
-      }
-    }
-    parts.push("}");
-    return parts.join("\n");
-  });
+        return `let c${r}_${i} = ${tables.join(" + ")};`;
+      }),
+    ].join("\n"));
+  // Neighbouring products share an activation: its register need not be read twice.
+  const products = (b: number) =>
+    times(
+      count,
+      (i) =>
+        times(rowsPerThread, (r) =>
+          i === 0
+            ? `var pair${r} = a0.xy * c${r}_0.zw;`
+            : `pair${r} = fma(a${i}.xy, c${r}_${i}.zw, pair${r});`) +
+        times(rowsPerThread, (r) =>
+          `pair${r} = fma(a${i}.zw, c${r}_${i}.xy, pair${r});`),
+    ) +
+    times(
+      rowsPerThread,
+      (r) =>
+        `acc${r}_${b} = fma(${
+          scaleOf(kernel, start, r)
+        }, f32(pair${r}.x + pair${r}.y), acc${r}_${b});`,
+    );
+  return `{
+${gathers}
+${
+    times(batch, (b) =>
+      `{ ${times(count, (i) => `let a${i} = ${input(b, first + i)};`)}
+${products(b)} }`)
+  }
+}`;
+}
+
+/** Where the centroid of a position's code stands in its table. */
+function placeOf(kernel: DequantizeKernel, position: number, r: number, k: number): string {
+  const { format, copies, packed } = kernel;
+  const perWord = codesPerWord(format);
+  const word = `w${Math.floor(position / perWord)}_${k}_${r >> 2}.${"xyzw"[r & 3]}`;
+  return codeIndex(format, word, position % perWord, copies, "copy", packed);
 }
 
 /** Calls `body` for each vector of a thread's code words in a turn: its name, its place, its rows. */

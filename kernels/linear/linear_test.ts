@@ -25,6 +25,7 @@ import { bitsOf, randomActivations, runLinear, stepShape } from "./rig.ts";
 import type { Matrix, MatrixShape } from "./types.ts";
 import type { Variant } from "./variant.ts";
 import { defaultVariant } from "./variant.ts";
+import { BATCHES } from "./wgsl.ts";
 
 interface Case {
   matrix: Matrix;
@@ -283,7 +284,7 @@ Deno.test("straight kernels, as GPUs run them, give a row the same bits in every
     for (const text of ["m1v4g128", "m2v8g128", "m1v8b16"]) {
       const of = await makeCase(gpu, [260, 256], text);
       const [n, k] = of.shape;
-      const rows = 5;
+      const rows = 17;
       const x = bitsOf(randomActivations(rows * k, 6));
       const wide = of.format!.b > 8;
       for (const profile of wide ? ["dequantize"] as const : ["codegemm", "dequantize"] as const) {
@@ -298,8 +299,9 @@ Deno.test("straight kernels, as GPUs run them, give a row the same bits in every
           });
         const alone = new Uint32Array((await run([1])).buffer);
         assertEquals(alone.length, rows * n);
-        for (const batch of [2, 4, ...profile === "dequantize" ? [8] : []] as const) {
-          const bits = new Uint32Array((await run([batch as 2 | 4 | 8])).buffer);
+        const most = profile === "codegemm" ? 4 : wide ? 8 : 16;
+        for (const batch of BATCHES.filter((batch) => batch > 1 && batch <= most)) {
+          const bits = new Uint32Array((await run([batch])).buffer);
           assertEquals(bits, alone, `${text} ${profile} x${batch}`);
         }
       }

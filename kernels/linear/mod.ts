@@ -24,3 +24,4 @@ export type {
 export { TrialBuffers } from "./trial.ts";
 export { defaultVariant } from "./variant.ts";
 export type { Variant } from "./variant.ts";
+export { BATCHES } from "./wgsl.ts";

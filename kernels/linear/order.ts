@@ -12,7 +12,7 @@ import type { NumericsProfile } from "../../shared/protocol.ts";
 import type { MatrixShape } from "./types.ts";
 
 /** Consecutive K that may be summed in float16 (DESIGN). */
-const FLOAT16_SUM_K = 16;
+export const FLOAT16_SUM_K = 16;
 const ROW_BLOCK_STEP = 256;
 /** Matrices of a stack: q, k and v. */
 const MAX_MEMBERS = 3;

@@ -7,7 +7,7 @@ import type { CodeGemmFormat } from "../../shared/model_config.ts";
 import type { NumericsProfile } from "../../shared/protocol.ts";
 import { type CodeOrder, largestDivisor } from "./order.ts";
 import type { PrefillTile } from "./prefill_tile.ts";
-import type { Batch } from "./wgsl.ts";
+import { type Batch, BATCHES } from "./wgsl.ts";
 
 /** The shape of a CodeGEMM decode kernel; what is left out suits family and batch. */
 export interface DecodeChoice {
@@ -52,7 +52,7 @@ export function choiceOf({ decode, byBatch }: Variant, batch: Batch): DecodeChoi
 /** The variant of an adapter until autotuning says better. */
 export function defaultVariant(software: boolean): Variant {
   return {
-    batches: software ? [1, 4] : [1, 2, 4, 8],
+    batches: software ? [1, 4] : BATCHES,
     denseRowsPerThread: software ? 4 : 1,
     unroll: !software,
     prefillTiles: software
@@ -79,15 +79,18 @@ export function decodeFamily(
   return format.b > 8 ? "dequantize" : profile.decode;
 }
 
-/** Rows of a step from which on a CodeGEMM Psumbook takes more registers than it saves work. */
-const MAX_PSUMBOOK_BATCH = 4;
+/**
+ * The largest batch of a family: with more rows, a Psumbook takes more registers than it saves work, and
+ * a dense kernel's threads have sums in all of theirs.
+ */
+const MAX_BATCH = { codegemm: 4, dense: 8, dequantize: 16 } as const;
 
 /** The batches of a decode kernel of this family. */
 export function familyBatches(
   { batches }: Variant,
   family: NumericsProfile["decode"] | "dense",
 ): Batch[] {
-  return batches.filter((batch) => family !== "codegemm" || batch <= MAX_PSUMBOOK_BATCH);
+  return batches.filter((batch) => batch <= MAX_BATCH[family]);
 }
 
 /**

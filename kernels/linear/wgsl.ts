@@ -10,7 +10,8 @@ import type { LinearStore } from "../kernel.ts";
 export type Target = "partial" | LinearStore;
 
 /** Rows that a decode workgroup may take at once. */
-export type Batch = 1 | 2 | 4 | 8;
+export const BATCHES = [1, 2, 4, 8, 16] as const;
+export type Batch = typeof BATCHES[number];
 
 /** Values of {@linkcode PARAM_WORDS}`.range`. */
 export const RANGE_CODES = { decode: 0, prefill: 1, outputs: 2 } as const;
