@@ -117,7 +117,7 @@ export function dequantizeKernel(
   if (!variant.unroll || format.b !== 8 || format.v % 4 !== 0) return null;
   const { splits } = order.dequantize;
   const whole = batch < SPLIT_BATCH && splits * MIN_LANES <= room.maxThreads;
-  const turnK = variant.turnK ?? (batch === 1 ? 32 : batch === 2 ? 64 : FLOAT16_SUM_K);
+  const turnK = variant.turnK ?? (batch < SPLIT_BATCH ? 64 : batch < 16 ? 32 : FLOAT16_SUM_K);
   const base = {
     format,
     order,
