@@ -1,7 +1,7 @@
 /**
- * The buffers that tell the kernels of a step's rows: made once for a stage's limits, written anew for
- * each step. `queue.writeBuffer` is ordered with submits, so a step may be written while the one
- * before it still runs.
+ * The buffers that tell the kernels of a step's rows: made once for a stage's limits, written for each
+ * step as far as it differs from the one before. `queue.writeBuffer` is ordered with submits, so a
+ * step may be written while the one before it still runs.
  *
  * @module
  */
@@ -20,53 +20,100 @@ import {
 /** Context lengths are told apart in steps of this much: what is past a row's position ends at once. */
 const CONTEXT_STEP = 256;
 
+/**
+ * A buffer of words and what was last written there. A write costs a staging buffer and, before the
+ * step's first kernel, a copy with its barriers; page tables, counts and outputs seldom change while
+ * sequences decode.
+ */
+class StepWords {
+  /** The next step's. */
+  readonly words: Uint32Array<ArrayBuffer>;
+  /** What the buffer holds, which begins as zeros. */
+  readonly #written: Uint32Array<ArrayBuffer>;
+
+  constructor(readonly buffer: GPUBuffer, words: number) {
+    this.words = new Uint32Array(words);
+    this.#written = new Uint32Array(words);
+  }
+
+  /** Writes the first `count` words, unless they are there. */
+  write(gpu: Gpu, count: number): void {
+    const { words } = this, written = this.#written;
+    let same = 0;
+    while (same < count && words[same] === written[same]) same++;
+    if (same === count) return;
+    const fresh = words.subarray(0, count);
+    gpu.write(this.buffer, 0, fresh);
+    written.set(fresh);
+  }
+}
+
 /** The inputs of one step after another. */
 export class StepBuffers implements StepInputs {
-  readonly step: GPUBuffer;
-  readonly rows: GPUBuffer;
-  readonly pageTables: GPUBuffer;
-  readonly tiles: GPUBuffer;
-  readonly outputRows: GPUBuffer;
   readonly #gpu: Gpu;
   readonly #tileRows: number;
-  readonly #rowWords: Uint32Array<ArrayBuffer>;
   readonly #longest: number;
-  readonly #tableWords: Uint32Array<ArrayBuffer>;
-  readonly #tileWords: Uint32Array<ArrayBuffer>;
-  readonly #outputWords: Uint32Array<ArrayBuffer>;
+  readonly #step: StepWords;
+  readonly #rows: StepWords;
+  readonly #tables: StepWords;
+  readonly #tiles: StepWords;
+  readonly #outputs: StepWords;
 
   /** @param tileRows rows of a prefill tile, see `attention_wgsl.ts` */
   constructor(gpu: Gpu, limits: StageLimits, tileRows: number) {
     this.#gpu = gpu;
     this.#tileRows = tileRows;
     this.#longest = limits.contextTokens;
-    this.#rowWords = new Uint32Array(limits.maxRows * ROW_WORDS);
-    this.#tableWords = new Uint32Array(limits.maxSequences * pagesPerSequence(limits));
-    this.#tileWords = new Uint32Array(limits.maxRows * TILE_WORDS);
-    this.#outputWords = new Uint32Array(limits.maxOutputs);
-    this.step = gpu.buffer("step", STEP_BYTES, GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST);
-    this.rows = gpu.storage("step rows", this.#rowWords.byteLength);
-    this.pageTables = gpu.storage("step page tables", this.#tableWords.byteLength);
-    this.tiles = gpu.storage("step tiles", this.#tileWords.byteLength);
-    this.outputRows = gpu.storage("step output rows", this.#outputWords.byteLength);
+    const storage = (label: string, words: number) =>
+      new StepWords(gpu.storage(label, 4 * words), words);
+    this.#step = new StepWords(
+      gpu.buffer("step", STEP_BYTES, GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST),
+      STEP_BYTES / 4,
+    );
+    this.#rows = storage("step rows", limits.maxRows * ROW_WORDS);
+    this.#tables = storage("step page tables", limits.maxSequences * pagesPerSequence(limits));
+    this.#tiles = storage("step tiles", limits.maxRows * TILE_WORDS);
+    this.#outputs = storage("step output rows", limits.maxOutputs);
+  }
+
+  get step(): GPUBuffer {
+    return this.#step.buffer;
+  }
+
+  get rows(): GPUBuffer {
+    return this.#rows.buffer;
+  }
+
+  get pageTables(): GPUBuffer {
+    return this.#tables.buffer;
+  }
+
+  get tiles(): GPUBuffer {
+    return this.#tiles.buffer;
+  }
+
+  get outputRows(): GPUBuffer {
+    return this.#outputs.buffer;
   }
 
   /** Writes a batch that is within the limits; returns its counts, those that the GPU is told. */
   write(batch: StepBatch): TransformerShape {
     const tableStarts = this.#packPageTables(batch);
     const rows = batch.rowToken.length;
+    const { words } = this.#rows;
     let contextTokens = 0;
     for (let row = 0; row < rows; row++) {
       const sequence = batch.rowSequence[row], position = batch.rowPosition[row];
-      this.#rowWords.set(
-        [tableStarts[sequence], position, batch.rowToken[row], sequence],
-        row * ROW_WORDS,
-      );
+      const at = row * ROW_WORDS;
+      words[at] = tableStarts[sequence];
+      words[at + 1] = position;
+      words[at + 2] = batch.rowToken[row];
+      words[at + 3] = sequence;
       contextTokens = Math.max(contextTokens, position + 1);
     }
     const prefillTiles = this.#packTiles(batch, tableStarts);
     const outputs = batch.requests.length;
-    batch.requests.forEach((request, output) => this.#outputWords[output] = request.row);
+    batch.requests.forEach((request, output) => this.#outputs.words[output] = request.row);
 
     const shape = {
       decodeRows: batch.decodeRows,
@@ -75,11 +122,12 @@ export class StepBuffers implements StepInputs {
       contextTokens: this.#coarse(contextTokens),
       prefillTiles,
     };
-    this.#gpu.write(this.step, 0, stepWords(shape));
-    this.#gpu.write(this.rows, 0, this.#rowWords.subarray(0, rows * ROW_WORDS));
-    this.#gpu.write(this.pageTables, 0, this.#tableWords.subarray(0, tableStarts.at(-1)));
-    this.#gpu.write(this.tiles, 0, this.#tileWords.subarray(0, prefillTiles * TILE_WORDS));
-    this.#gpu.write(this.outputRows, 0, this.#outputWords.subarray(0, outputs));
+    this.#step.words.set(stepWords(shape));
+    this.#step.write(this.#gpu, STEP_BYTES / 4);
+    this.#rows.write(this.#gpu, rows * ROW_WORDS);
+    this.#tables.write(this.#gpu, tableStarts[tableStarts.length - 1]);
+    this.#tiles.write(this.#gpu, prefillTiles * TILE_WORDS);
+    this.#outputs.write(this.#gpu, outputs);
     return shape;
   }
 
@@ -107,7 +155,7 @@ export class StepBuffers implements StepInputs {
     const starts = [0];
     for (const { pages } of batch.sequences) {
       const start = starts[starts.length - 1];
-      this.#tableWords.set(pages, start);
+      this.#tables.words.set(pages, start);
       starts.push(start + pages.length);
     }
     return starts;
@@ -120,7 +168,7 @@ export class StepBuffers implements StepInputs {
       const sequence = batch.rowSequence[row];
       let end = row + 1;
       while (end < rows && end - row < this.#tileRows && batch.rowSequence[end] === sequence) end++;
-      this.#tileWords.set([row, end - row, tableStarts[sequence], 0], tiles++ * TILE_WORDS);
+      this.#tiles.words.set([row, end - row, tableStarts[sequence], 0], tiles++ * TILE_WORDS);
       row = end;
     }
     return tiles;
