@@ -50,12 +50,14 @@ const mailbox = serveThread<ModelCalls>({
     const { runner, batches } = loaded;
     const hidden = batches.hidden(rows);
     const samples: StepSample[] = [];
-    let endedMs = performance.now();
     const warmUp = kind === "decode" ? WARM_UP_STEPS : 1;
-    for (let step = 0; step < warmUp + steps; step++) {
-      const batch = kind === "decode"
-        ? batches.decode(rows, context + step)
-        : batches.prefill(rows);
+    // Made beforehand: a worker's come as frames, and what is between two steps is measured.
+    const all = Array.from(
+      { length: warmUp + steps },
+      (_, step) => kind === "decode" ? batches.decode(rows, context + step) : batches.prefill(rows),
+    );
+    let endedMs = performance.now();
+    for (const batch of all) {
       const beganMs = performance.now();
       const running = runner.run(batch, hidden);
       const encodeMs = performance.now() - beganMs;
