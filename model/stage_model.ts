@@ -4,7 +4,7 @@
  * A wait for the GPU waits for all that has been submitted (`readback.ts`). So a step that comes while
  * another one runs is checked, written and encoded at once, but submitted only when the wait for the
  * older one is over, before anything else: the GPU idles for as long as it takes to wake and to submit
- * the step's first few layers (`step_parts.ts`), and the older step's outputs are not held up. Inputs
+ * the step's first layer (`step_parts.ts`), and the older step's outputs are not held up. Inputs
  * may be written while the older step runs: `queue.writeBuffer` is ordered with submits. There is one
  * such step at most, for its writes would overwrite those of a second one.
  *
