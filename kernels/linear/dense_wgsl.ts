@@ -1,6 +1,6 @@
 /**
  * WGSL of the decode kernel of dense float16 matrices: one thread holds a few rows of N, one workgroup a
- * row block and a split of K, for up to eight rows of the step at once. Products are summed in
+ * row block and a split of K, for up to sixteen rows of the step at once. Products are summed in
  * float32, by rising K, through a split; splits as `reduce_wgsl.ts` says.
  *
  * @module
@@ -19,9 +19,17 @@ export interface DenseKernel {
 
 const OCTETS_PER_TURN = DENSE_K_ALIGN / DENSE_OCTET;
 
+/** Workgroup memory for activations: so much that many workgroups have room side by side. */
+const TILE_BYTES = 4096;
+
+/** K whose activations a workgroup holds at a time. */
+function tileK(batch: Batch): number {
+  return Math.min(DENSE_TILE_K, TILE_BYTES / 4 / batch);
+}
+
 /** Workgroup memory of the kernel: a tile of activations. */
 export function denseKernelBytes(batch: Batch): number {
-  return DENSE_TILE_K * 4 * batch;
+  return tileK(batch) * 4 * batch;
 }
 
 /** The kernel's code. */
@@ -29,6 +37,7 @@ export function denseKernelWgsl({ batch, rowsPerThread, target }: DenseKernel): 
   const lanes = batchLanes(batch);
   const vector = lanes.type("f32");
   const threads = DENSE_ROW_BLOCK / rowsPerThread;
+  const tile = tileK(batch);
 
   const fill = times(lanes.vectors, (j) => {
     const loads = Array.from(
@@ -37,18 +46,20 @@ export function denseKernelWgsl({ batch, rowsPerThread, target }: DenseKernel): 
     );
     return `var v${j} = ${vector}(0.0);
       if (at < params.k) { v${j} = ${vector}(${loads.join(", ")}); }
-      activations${j}[i] = v${j};`;
+      activations${j}[i / ${DENSE_K_ALIGN}u][i % ${DENSE_K_ALIGN}u] = v${j};`;
   });
 
   const products = times(
     OCTETS_PER_TURN,
     (o) =>
       times(4, (pair) =>
-        `{ let at = a + ${o * DENSE_OCTET + pair * 2}u;\n` +
-        times(
-          lanes.vectors,
-          (j) => `let x${j} = activations${j}[at]; let z${j} = activations${j}[at + 1u];`,
-        ) +
+        "{\n" +
+        times(lanes.vectors, (j) => {
+          const at = o * DENSE_OCTET + pair * 2;
+          return `let x${j} = activations${j}[turn][${at}u]; let z${j} = activations${j}[turn][${
+            at + 1
+          }u];`;
+        }) +
         times(rowsPerThread, (r) =>
           `{ let w = unpack2x16float(w${o}_${r}.${"xyzw"[pair]});\n` +
           times(lanes.vectors, (j) =>
@@ -62,7 +73,12 @@ export function denseKernelWgsl({ batch, rowsPerThread, target }: DenseKernel): 
 @group(0) @binding(2) var<storage, read> x: array<f16>;
 @group(0) @binding(3) var<storage, read> weights: array<vec4<u32>>;
 @group(0) @binding(4) var<storage, read_write> y: array<f32>;
-${times(lanes.vectors, (j) => `var<workgroup> activations${j}: array<${vector}, ${DENSE_TILE_K}>;`)}
+${
+    times(lanes.vectors, (j) =>
+      `var<workgroup> activations${j}: array<array<${vector}, ${DENSE_K_ALIGN}>, ${
+        tile / DENSE_K_ALIGN
+      }>;`)
+  }
 ${target === "partial" ? "" : putWgsl(target)}
 
 @compute @workgroup_size(${threads})
@@ -81,16 +97,15 @@ ${
   }
 ${times(rowsPerThread, (r) => times(lanes.vectors, (j) => `  var acc${r}_${j} = ${vector}(0.0);`))}
   let octets = (params.k + ${DENSE_K_ALIGN - 1}u) / ${DENSE_K_ALIGN}u * ${OCTETS_PER_TURN}u;
-  let end = min((split + 1u) * params.split_units, params.units);
-  for (var unit = split * params.split_units; unit < end; unit++) {
+  let end = min((split + 1u) * params.split_units * ${DENSE_TILE_K}u, octets * ${DENSE_OCTET}u);
+  for (var k = split * params.split_units * ${DENSE_TILE_K}u; k < end; k += ${tile}u) {
     workgroupBarrier();
-    ${spread(DENSE_TILE_K, threads, true, `let at = unit * ${DENSE_TILE_K}u + i;\n${fill}`)}
+    ${spread(tile, threads, true, `let at = k + i;\n${fill}`)}
     workgroupBarrier();
-    let octet0 = unit * ${DENSE_TILE_K / DENSE_OCTET}u;
-    let count = min(${DENSE_TILE_K / DENSE_OCTET}u, octets - octet0);
+    let octet0 = k / ${DENSE_OCTET}u;
+    let count = min(${tile / DENSE_OCTET}u, octets - octet0);
     var at = (block * octets + octet0) * ${DENSE_ROW_BLOCK}u + lane;
-    for (var o = 0u; o < count; o += ${OCTETS_PER_TURN}u) {
-      let a = o * ${DENSE_OCTET}u;
+    for (var turn = 0u; turn < count / ${OCTETS_PER_TURN}u; turn++) {
 ${
     times(OCTETS_PER_TURN, (o) =>
       times(rowsPerThread, (r) =>

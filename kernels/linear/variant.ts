@@ -79,18 +79,15 @@ export function decodeFamily(
   return format.b > 8 ? "dequantize" : profile.decode;
 }
 
-/**
- * The largest batch of a family: with more rows, a Psumbook takes more registers than it saves work, and
- * a dense kernel's threads have sums in all of theirs.
- */
-const MAX_BATCH = { codegemm: 4, dense: 8, dequantize: 16 } as const;
+/** Rows of a step from which on a CodeGEMM Psumbook takes more registers than it saves work. */
+const MAX_PSUMBOOK_BATCH = 4;
 
 /** The batches of a decode kernel of this family. */
 export function familyBatches(
   { batches }: Variant,
   family: NumericsProfile["decode"] | "dense",
 ): Batch[] {
-  return batches.filter((batch) => batch <= MAX_BATCH[family]);
+  return batches.filter((batch) => family !== "codegemm" || batch <= MAX_PSUMBOOK_BATCH);
 }
 
 /**
