@@ -12,13 +12,15 @@ import { batchLanes, HEADER_WGSL, putWgsl, spread, times } from "./wgsl.ts";
 /** What a decode kernel of a dense matrix is generated from. */
 export interface DenseKernel {
   batch: Batch;
-  /** Rows of N a thread holds: an activation that is read serves them all. */
+  /** Rows of N a thread holds, at least 2 from {@linkcode TALL_BATCH} on. */
   rowsPerThread: 1 | 2 | 4;
   target: Target;
 }
 
 const OCTETS_PER_TURN = DENSE_K_ALIGN / DENSE_OCTET;
 
+/** From this batch on reading activations takes longer than weights: one that is read serves two rows. */
+const TALL_BATCH = 8;
 /** Workgroup memory for activations: so much that many workgroups have room side by side. */
 const TILE_BYTES = 4096;
 
@@ -33,7 +35,8 @@ export function denseKernelBytes(batch: Batch): number {
 }
 
 /** The kernel's code. */
-export function denseKernelWgsl({ batch, rowsPerThread, target }: DenseKernel): string {
+export function denseKernelWgsl({ batch, target, ...kernel }: DenseKernel): string {
+  const rowsPerThread = Math.max(kernel.rowsPerThread, batch < TALL_BATCH ? 1 : 2);
   const lanes = batchLanes(batch);
   const vector = lanes.type("f32");
   const threads = DENSE_ROW_BLOCK / rowsPerThread;
