@@ -100,6 +100,13 @@ export function isVectorInput(
   return [input.stride, input.offset, k].every((elements) => elements % 4 === 0);
 }
 
+/** Whether the output can be bound as vectors of 4. */
+export function isVectorOutput(
+  { output, matrix: { n } }: Pick<LinearOptions, "output"> & { matrix: { n: number } },
+): boolean {
+  return [output.stride, output.offset, n].every((elements) => elements % 4 === 0);
+}
+
 /** The uniforms of a layer's dispatches, in one buffer. */
 export class Uniforms {
   readonly buffer: GPUBuffer;

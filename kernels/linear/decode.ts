@@ -9,6 +9,7 @@ import {
   bindGroup,
   chunkRows as rowsOfChunk,
   isVectorInput,
+  isVectorOutput,
   layerSplits,
   type Uniforms,
 } from "./binding.ts";
@@ -18,7 +19,8 @@ import { codeKernelWgsl } from "./code_wgsl.ts";
 import { denseKernelBytes, denseKernelWgsl } from "./dense_wgsl.ts";
 import { dequantizeColumns, dequantizeKernel, holdsWholeSums } from "./dequantize_kernel.ts";
 import { dequantizeKernelWgsl } from "./dequantize_wgsl.ts";
-import { REDUCE_BINDINGS, reduceColumns, reduceWgsl } from "./reduce_wgsl.ts";
+import type { Output } from "./output_wgsl.ts";
+import { REDUCE_BINDINGS, reduceColumns, type ReduceOrder, reduceWgsl } from "./reduce_wgsl.ts";
 import type { LinearOptions, Matrix } from "./types.ts";
 import type { Variant } from "./variant.ts";
 import { choiceOf, codeThreads, decodeFamily, familyBatches } from "./variant.ts";
@@ -53,7 +55,7 @@ interface DecodeDispatch {
   n: number;
 }
 
-/** A pipeline behind the sums of a kernel, and the columns (or pairs of them) of its workgroups. */
+/** A pipeline behind the sums of a kernel, and the columns of its workgroups. */
 interface Reduction {
   pipeline: GPUComputePipeline;
   columns: number;
@@ -72,9 +74,11 @@ export interface DecodePlan {
   chunks: DecodeDispatch[][];
 }
 
-/** Pairs are finished where whole sums meet: behind partial sums, in one binding. */
-export function canFinish(options: Pick<LinearOptions, "matrix" | "profile">): boolean {
-  return layerSplits(options).splits > 1 && options.matrix.blocks.length === 1;
+/** Pairs are finished where whole sums meet: behind partial sums, in one binding, by fours. */
+export function canFinish(options: LinearOptions): boolean {
+  const { finish, matrix } = options;
+  return finish !== undefined && finish.half % 4 === 0 && isVectorOutput(options) &&
+    layerSplits(options).splits > 1 && matrix.blocks.length === 1;
 }
 
 /**
@@ -92,6 +96,7 @@ export async function planDecode(
   const splits = layerSplits(options);
   const chunkRows = rowsOfChunk(options);
   const finish = range === "decode" && canFinish(options) ? options.finish : undefined;
+  const whole: Output = { store, vector: isVectorOutput(options), finish };
   const bindings = matrix.order.kind === "code" ? CODE_BINDINGS : DENSE_BINDINGS;
 
   const kernels: DecodeKernel[] = [];
@@ -114,13 +119,13 @@ export async function planDecode(
   }
 
   const reduceBindings = [...REDUCE_BINDINGS, ...finish?.bindings ?? []];
-  const reduction = async (order: { splits: number; slices: number }): Promise<Reduction> => ({
+  const reduction = async (order: ReduceOrder): Promise<Reduction> => ({
     pipeline: await gpu.pipeline({
       label: `${label} reduce`,
-      code: reduceWgsl(order, store, finish),
+      code: reduceWgsl(order, whole),
       bindings: reduceBindings,
     }),
-    columns: reduceColumns(order.slices) * (finish ? 2 : 1),
+    columns: reduceColumns(order, whole),
   });
   const reduce = kernels.some(({ splitGroups }) => splitGroups > 1)
     ? await reduction(splits)

@@ -34,7 +34,7 @@ export async function createLinear(options: LinearOptions): Promise<Linear> {
   gpu.check();
   return {
     label,
-    finishes: options.finish !== undefined && canFinish(options),
+    finishes: canFinish(options),
     encode(pass, shape, range) {
       if (range === "prefill") {
         invariant(prefill !== null, `${label} was made for prefill rows`);

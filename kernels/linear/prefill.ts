@@ -8,11 +8,13 @@ import type { Gpu } from "../gpu.ts";
 import {
   bindGroup,
   isVectorInput,
+  isVectorOutput,
   prefillChunkRows,
   prefillCodes,
   type Uniforms,
 } from "./binding.ts";
 import { hasPackedDot } from "./code_words_wgsl.ts";
+import type { Output } from "./output_wgsl.ts";
 import type { PrefillTile } from "./prefill_tile.ts";
 import { mostRows, prefillBytes, prefillSplits, prefillThreads } from "./prefill_tile.ts";
 import { prefillWgsl } from "./prefill_wgsl.ts";
@@ -31,7 +33,7 @@ export interface PrefillPlan {
   kernels: { tile: PrefillTile; pipeline: GPUComputePipeline }[];
   splits: number;
   /** Puts splits together, where there are several. */
-  reduce: GPUComputePipeline | null;
+  reduce: { pipeline: GPUComputePipeline; columns: number } | null;
   /** Rows of a chunk: what the scratch holds, or all. */
   chunkRows: number;
   /** `[chunk][binding block]` */
@@ -92,11 +94,16 @@ export async function planPrefill(
     const pipeline = await gpu.pipeline({ label: `${label} prefill`, code, bindings });
     kernels.push({ tile, pipeline });
   }
-  const reduce = direct ? null : await gpu.pipeline({
-    label: `${label} prefill reduce`,
-    code: reduceWgsl({ splits, slices: 1 }, store),
-    bindings: REDUCE_BINDINGS,
-  });
+  const order = { splits, slices: 1 };
+  const whole: Output = { store, vector: isVectorOutput(options) };
+  const reduce = direct ? null : {
+    pipeline: await gpu.pipeline({
+      label: `${label} prefill reduce`,
+      code: reduceWgsl(order, whole),
+      bindings: REDUCE_BINDINGS,
+    }),
+    columns: reduceColumns(order, whole),
+  };
   const chunks: PrefillPlan["chunks"] = [];
   for (let base = 0; base < maxRows; base += chunkRows) {
     chunks.push(matrix.blocks.map((block) => {
@@ -139,9 +146,9 @@ export function encodePrefill(pass: GPUComputePassEncoder, plan: PrefillPlan, ro
         plan.splits,
       );
       if (plan.reduce === null) continue;
-      pass.setPipeline(plan.reduce);
+      pass.setPipeline(plan.reduce.pipeline);
       pass.setBindGroup(0, block.reduce);
-      pass.dispatchWorkgroups(Math.ceil(block.n / reduceColumns(1)), count);
+      pass.dispatchWorkgroups(Math.ceil(block.n / plan.reduce.columns), count);
     }
   }
 }

@@ -44,16 +44,18 @@ export interface Matrix {
 }
 
 /**
- * What becomes of the decode rows' sums in place of storing them, pair by pair: column `n` and column
- * `n + half`, in runs of `2 half` columns.
+ * What becomes of the decode rows' sums in place of storing them, four pairs at a time: columns
+ * `[n, n + 4)` and columns `[n + half, n + half + 4)`, in runs of `2 half` columns.
  */
 export interface PairFinish {
+  /** A layer only finishes halves of a multiple of 4. */
   half: number;
   /**
-   * WGSL with bindings from `@binding(4)` on and `fn finish(row: u32, n: u32, pair: vec2<f32>)`; it
-   * may call `put(row, n, value)`, which stores as the layer would have.
+   * WGSL with bindings from `@binding(firstBinding)` on and
+   * `fn finish(row: u32, n: u32, first: vec4<f32>, second: vec4<f32>)`; it may call
+   * `put_quad(row, n, value)`, which stores four columns as the layer would have.
    */
-  code: string;
+  code(firstBinding: number): string;
   bindings: readonly BindingKind[];
   buffers: readonly GPUBuffer[];
 }

@@ -75,21 +75,23 @@ fn range_start() -> u32 {
 `;
 
 /**
- * `put(row, n, value)`: one finished sum into the output, row counted within the view.
+ * `put(row, n, value)`: one finished sum into the output, row counted within the view. Of an output of
+ * vectors, `put_quad`: four of them, `n` a multiple of 4.
  *
  * Rounding to float16 is asked for by `quantizeToF16`: NVIDIA's compiler takes `f32(f16(x))`, and
  * `unpack2x16float(pack2x16float(x))` too, for `x` itself and rounds nothing (seen on an H200 with
  * driver 580). Values beyond float16's range are clamped, because WGSL leaves them open.
  */
-export function putWgsl(store: LinearStore): string {
+export function putWgsl(store: LinearStore, lanes: 1 | 4 = 1): string {
+  const type = lanes === 1 ? "f32" : "vec4<f32>";
   const value = {
     "store": "value",
     "add": "y[at] + value",
-    "add-round": "quantizeToF16(clamp(y[at] + value, -65504.0, 65504.0))",
+    "add-round": `quantizeToF16(clamp(y[at] + value, ${type}(-65504.0), ${type}(65504.0)))`,
   }[store];
   return /* wgsl */ `
-fn put(row: u32, n: u32, value: f32) {
-  let at = params.y_offset + row * params.y_stride + n;
+fn ${lanes === 1 ? "put" : "put_quad"}(row: u32, n: u32, value: ${type}) {
+  let at = (params.y_offset + row * params.y_stride + n) / ${lanes}u;
   y[at] = ${value};
 }
 `;

@@ -10,11 +10,11 @@ import { Dispatch } from "./dispatch.ts";
 import { type StepInputs, transformerWgsl } from "./inputs.ts";
 import type { HeadShape } from "./kv_layout.ts";
 import embedWgsl from "./embed.wgsl" with { type: "text" };
-import { ropeKernelWgsl, swigluKernelWgsl } from "./pairs_wgsl.ts";
+import { pairLanes, ropeKernelWgsl, swigluKernelWgsl } from "./pairs_wgsl.ts";
 import { normShares, rmsnormWgsl } from "./rmsnorm_wgsl.ts";
 import hiddenWgsl from "./hidden.wgsl" with { type: "text" };
 
-/** Lanes of a workgroup in the kernels that have a thread per column. */
+/** Lanes of a workgroup in the kernels that have a thread per column, or per four. */
 const LANES = 64;
 const blocks = (columns: number) => Math.ceil(columns / LANES);
 
@@ -131,13 +131,14 @@ export function createRope(options: {
   rows?: PairRows;
 }): Promise<Kernel> {
   const { gpu, inputs, shape: head, angles, qkv, keys, values, rows = "all" } = options;
-  const pairs = (head.heads + 2 * head.kvHeads) * head.headDim / 2;
+  const half = head.headDim / 2;
+  const threads = (head.heads + 2 * head.kvHeads) * half / pairLanes(half);
   return Dispatch.create({
     gpu,
     label: "rope",
     code: ropeKernelWgsl(head, rows),
     buffers: [inputs.step, qkv, inputs.rows, inputs.pageTables, angles, keys, values],
-    workgroups: (shape) => [blocks(pairs), rowCount(shape, rows)],
+    workgroups: (shape) => [blocks(threads), rowCount(shape, rows)],
   });
 }
 
@@ -162,7 +163,7 @@ export function createSwiGlu(options: {
     label: "swiglu",
     code: swigluKernelWgsl(width, rows),
     buffers: [inputs.step, gateUp, gated],
-    workgroups: (shape) => [blocks(width), rowCount(shape, rows)],
+    workgroups: (shape) => [blocks(width / pairLanes(width)), rowCount(shape, rows)],
   });
 }
 
