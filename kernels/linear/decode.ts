@@ -17,12 +17,18 @@ import type { CodeKernel } from "./code_kernel.ts";
 import { codeKernelFits, turnPositions } from "./code_kernel.ts";
 import { codeKernelWgsl } from "./code_wgsl.ts";
 import { denseKernelBytes, denseKernelWgsl } from "./dense_wgsl.ts";
-import { dequantizeColumns, dequantizeKernel, holdsWholeSums } from "./dequantize_kernel.ts";
+import {
+  dequantizeColumns,
+  type DequantizeKernel,
+  dequantizeKernel,
+  holdsPairs,
+  holdsWholeSums,
+} from "./dequantize_kernel.ts";
 import { dequantizeKernelWgsl } from "./dequantize_wgsl.ts";
 import type { Output } from "./output_wgsl.ts";
 import { REDUCE_BINDINGS, reduceColumns, type ReduceOrder, reduceWgsl } from "./reduce_wgsl.ts";
-import type { LinearOptions, Matrix } from "./types.ts";
-import type { Variant } from "./variant.ts";
+import type { LinearOptions, Matrix, PairFinish } from "./types.ts";
+import type { DecodeChoice, Variant } from "./variant.ts";
 import { choiceOf, codeThreads, decodeFamily, familyBatches } from "./variant.ts";
 import type { Batch, Target } from "./wgsl.ts";
 
@@ -38,6 +44,8 @@ export interface DecodeCode {
   columns: number;
   /** Workgroups that share out K; with one, a workgroup has whole sums. */
   splitGroups: number;
+  /** Whole sums are finished in the kernel, which is bound to what its output's finish needs. */
+  finishes: boolean;
 }
 
 interface DecodeKernel extends Omit<DecodeCode, "code"> {
@@ -47,7 +55,7 @@ interface DecodeKernel extends Omit<DecodeCode, "code"> {
 
 /** One chunk of rows of one binding block: what to set and dispatch. */
 interface DecodeDispatch {
-  /** For kernels that store the layer's result themselves. */
+  /** For kernels that store or finish the layer's result themselves. */
   direct: GPUBindGroup;
   /** For those that leave sums in the scratch, and for what comes behind them. */
   partial: GPUBindGroup;
@@ -67,7 +75,7 @@ export interface DecodePlan {
   chunkRows: number;
   /** By rising batch. */
   kernels: DecodeKernel[];
-  /** Behind partial sums; and behind whole ones, where they are to be finished. */
+  /** Behind partial sums; and behind whole ones that a kernel could not finish. */
   reduce: Reduction | null;
   finish: Reduction | null;
   /** `[chunk][binding block]` */
@@ -98,17 +106,20 @@ export async function planDecode(
   const finish = range === "decode" && canFinish(options) ? options.finish : undefined;
   const whole: Output = { store, vector: isVectorOutput(options), finish };
   const bindings = matrix.order.kind === "code" ? CODE_BINDINGS : DENSE_BINDINGS;
+  const finishBindings = [...bindings, ...finish?.bindings ?? []];
 
   const kernels: DecodeKernel[] = [];
   const family = matrix.format === null ? "dense" : decodeFamily(matrix.format, options.profile);
   for (const batch of familyBatches(variant, family)) {
-    const made = batch > chunkRows
-      ? null
-      : decodeCode(options, variant, batch, finish ? "partial" : store);
+    const made = batch > chunkRows ? null : decodeCode(options, variant, batch, whole);
     if (made === null) continue;
-    const { code, columns, splitGroups } = made;
-    const pipeline = await gpu.pipeline({ label: `${label} x${batch}`, code, bindings });
-    kernels.push({ batch, columns, splitGroups, pipeline });
+    const { code, ...dispatched } = made;
+    const pipeline = await gpu.pipeline({
+      label: `${label} x${batch}`,
+      code,
+      bindings: made.finishes ? finishBindings : bindings,
+    });
+    kernels.push({ batch, pipeline, ...dispatched });
   }
   if (kernels.length === 0) {
     throw new FleetError(
@@ -130,10 +141,12 @@ export async function planDecode(
   const reduce = kernels.some(({ splitGroups }) => splitGroups > 1)
     ? await reduction(splits)
     : null;
-  const finishing = finish && kernels.some(({ splitGroups }) => splitGroups === 1)
-    ? await reduction({ splits: 1, slices: 1 })
-    : null;
+  const finishing =
+    finish && kernels.some(({ splitGroups, finishes }) => splitGroups === 1 && !finishes)
+      ? await reduction({ splits: 1, slices: 1 })
+      : null;
 
+  const finishes = kernels.some((kernel) => kernel.finishes);
   const chunks: DecodeDispatch[][] = [];
   for (let base = 0; base < maxRows; base += chunkRows) {
     chunks.push(matrix.blocks.map((block) => {
@@ -141,16 +154,16 @@ export async function planDecode(
       const weights = matrix.order.kind === "code"
         ? [block.weights, matrix.codebooks!, block.scales!]
         : [block.weights];
-      const into = (target: GPUBuffer) =>
-        bindGroup(gpu, `${label} ${range}`, bindings, [
+      const into = (...target: GPUBuffer[]) =>
+        bindGroup(gpu, `${label} ${range}`, target.length > 1 ? finishBindings : bindings, [
           step,
           params,
           input.buffer,
           ...weights,
-          target,
+          ...target,
         ]);
       return {
-        direct: into(output.buffer),
+        direct: finishes ? into(output.buffer, ...finish!.buffers) : into(output.buffer),
         partial: into(scratch),
         reduce: (reduce ?? finishing) === null
           ? null
@@ -179,7 +192,7 @@ export function encodeDecode(
     invariant(c < plan.chunks.length, `${name} was bound for fewer than ${rows} rows`);
     const count = Math.min(plan.chunkRows, rows - from);
     const kernel = kernelFor(plan.kernels, count);
-    const behind = kernel.splitGroups > 1 ? plan.reduce : plan.finish;
+    const behind = kernel.splitGroups > 1 ? plan.reduce : kernel.finishes ? null : plan.finish;
     for (const dispatch of plan.chunks[c]) {
       pass.setPipeline(kernel.pipeline);
       pass.setBindGroup(0, behind ? dispatch.partial : dispatch.direct);
@@ -218,21 +231,24 @@ type DecodeOptions = Pick<LinearOptions, "gpu" | "matrix" | "profile"> & {
 /**
  * A decode kernel, or null when it does not fit into workgroup memory.
  *
- * @param whole what becomes of whole sums; partial ones go to the scratch
+ * @param whole where whole sums go: those that the kernel cannot finish, to the scratch, like partial
+ * ones
  */
 export function decodeCode(
   options: DecodeOptions,
   variant: Variant,
   batch: Batch,
-  whole: Target,
+  whole: Output | "partial",
 ): DecodeCode | null {
   const { gpu: { limits }, matrix: { order, format, members, blocks }, profile } = options;
   const workgroupBytes = limits.maxComputeWorkgroupStorageSize;
+  const finish = whole === "partial" ? undefined : whole.finish;
+  const stored: Target = whole === "partial" || finish ? "partial" : whole.store;
   if (order.kind === "dense") {
     if (denseKernelBytes(batch) > workgroupBytes) return null;
-    const target = order.splits > 1 ? "partial" : whole;
+    const target = order.splits > 1 ? "partial" : stored;
     const code = denseKernelWgsl({ batch, rowsPerThread: variant.denseRowsPerThread, target });
-    return { code, columns: order.rowBlock, splitGroups: order.splits };
+    return { code, columns: order.rowBlock, splitGroups: order.splits, finishes: false };
   }
   invariant(format !== null, "a code order has a format");
   const family = decodeFamily(format, profile);
@@ -245,13 +261,22 @@ export function decodeCode(
       maxThreads,
       workgroupBytes,
     };
-    const kernel = dequantizeKernel(format, order, batch, { ...variant, ...choice }, room);
+    const shaped = (choice: DecodeChoice) =>
+      dequantizeKernel(format, order, batch, { ...variant, ...choice }, room);
+    const chosen = shaped(choice);
+    // A dispatch behind the kernel costs more than a chosen shape gains over the usual one.
+    const usual = { ...choice, codeThreads: undefined, codeRowsPerThread: undefined };
+    const finishing = finish &&
+      [chosen, shaped(usual)].find((kernel) => kernel && canFinishIn(kernel, finish, limits));
+    const kernel = finishing ?? chosen;
     if (kernel !== null) {
-      const target = holdsWholeSums(kernel) ? whole : "partial";
+      const finishes = kernel === finishing;
+      const leaves = !holdsWholeSums(kernel) || finish && !finishes;
       return {
-        code: dequantizeKernelWgsl(kernel, target),
+        code: dequantizeKernelWgsl(kernel, leaves ? "partial" : whole),
         columns: dequantizeColumns(kernel),
         splitGroups: order.dequantize.splits / kernel.splits,
+        finishes,
       };
     }
   }
@@ -272,8 +297,23 @@ export function decodeCode(
     vectorInput,
     batch,
     workgroupBytes,
-    target: splits > 1 ? "partial" : whole,
+    target: splits > 1 ? "partial" : stored,
   };
   if (!codeKernelFits(kernel)) return null;
-  return { code: codeKernelWgsl(kernel), columns: threads * perThread, splitGroups: splits };
+  return {
+    code: codeKernelWgsl(kernel),
+    columns: threads * perThread,
+    splitGroups: splits,
+    finishes: false,
+  };
+}
+
+/** Whether a kernel can finish its sums itself, bound to the buffers of both. */
+function canFinishIn(
+  kernel: DequantizeKernel,
+  { half, bindings }: PairFinish,
+  { maxStorageBuffersPerShaderStage }: GPUSupportedLimits,
+): boolean {
+  const buffers = [...CODE_BINDINGS, ...bindings].filter((kind) => kind !== "uniform").length;
+  return holdsPairs(kernel, half) && buffers <= maxStorageBuffersPerShaderStage;
 }

@@ -79,6 +79,16 @@ export function holdsWholeSums({ splits, order }: DequantizeKernel): boolean {
   return splits === order.dequantize.splits;
 }
 
+/**
+ * Whether workgroups can finish whole sums: they have both columns of each pair, `half` apart, and
+ * threads for every four pairs of all rows.
+ */
+export function holdsPairs(kernel: DequantizeKernel, half: number): boolean {
+  const columns = dequantizeColumns(kernel);
+  return holdsWholeSums(kernel) && kernel.splits > 1 && columns % (2 * half) === 0 &&
+    kernel.batch * columns / 8 <= dequantizeThreads(kernel);
+}
+
 /** Threads of a workgroup. */
 export function dequantizeThreads({ splits, lanes }: DequantizeKernel): number {
   return splits * lanes;

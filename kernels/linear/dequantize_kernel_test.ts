@@ -9,6 +9,7 @@ import {
   type DequantizeKernel,
   dequantizeKernel,
   dequantizeThreads,
+  holdsPairs,
   holdsWholeSums,
   splitPositions,
 } from "./dequantize_kernel.ts";
@@ -90,6 +91,16 @@ Deno.test("one row's workgroups have whole sums at Llama's shapes, eight rows' s
     if (kernel.batch <= 2) assert(holdsWholeSums(kernel));
     if (kernel.batch >= 8) assert(!holdsWholeSums(kernel));
   }
+});
+
+Deno.test("of Llama-3 70B's q | k | v, one and two rows' workgroups have whole heads of 128", () => {
+  let whole = 0;
+  for (const { kernel, members, room } of kernels()) {
+    if (members[0] !== 8192 || members.length === 1 || ROOMS[room].maxThreads < 1024) continue;
+    assertEquals(holdsPairs(kernel, 64), kernel.batch <= 2);
+    if (kernel.batch <= 2) whole++;
+  }
+  assert(whole > 0);
 });
 
 Deno.test("codes and vectors that the kernel is not for have none", () => {

@@ -23,32 +23,39 @@ import {
   dequantizeColumns,
   type DequantizeKernel,
   dequantizeThreads,
-  holdsWholeSums,
   splitPositions,
 } from "./dequantize_kernel.ts";
+import { leaveWgsl, sumsWgsl } from "./dequantize_sums_wgsl.ts";
 import { FLOAT16_SUM_K, gcd } from "./order.ts";
-import { HEADER_WGSL, putWgsl, type Target, times } from "./wgsl.ts";
+import { type Output, outputWgsl } from "./output_wgsl.ts";
+import { HEADER_WGSL, times } from "./wgsl.ts";
+
+const OUTPUT_BINDING = 6;
 
 /**
  * The kernel's code; dispatched over (columns of N, groups of splits, batches of rows).
  *
- * @param target what to do with the sums; partial ones go to the scratch
+ * @param target where whole sums go: to an output, finished only where `holdsPairs` says so;
+ * or to the scratch, as partial ones do
  */
-export function dequantizeKernelWgsl(kernel: DequantizeKernel, target: Target): string {
+export function dequantizeKernelWgsl(
+  kernel: DequantizeKernel,
+  target: Output | "partial",
+): string {
   const { format: { m, v }, order, batch, splits, lanes, rowsPerThread } = kernel;
   const threads = dequantizeThreads(kernel);
   const workgroupQuads = dequantizeColumns(kernel) / 4;
-  const whole = holdsWholeSums(kernel);
   return /* wgsl */ `${HEADER_WGSL}
 @group(0) @binding(2) var<storage, read> x: array<vec4<f16>>;
 @group(0) @binding(3) var<storage, read> codes: array<vec4<u32>>;
 @group(0) @binding(4) var<storage, read> codebooks: array<vec4<f16>>;
 @group(0) @binding(5) var<storage, read> scales: array<vec4<f16>>;
-@group(0) @binding(6) var<storage, read_write> y: array<${
-    target === "partial" ? "vec4<f32>" : "f32"
-  }>;
+${
+    target === "partial"
+      ? `@group(0) @binding(${OUTPUT_BINDING}) var<storage, read_write> y: array<vec4<f32>>;`
+      : outputWgsl(target, OUTPUT_BINDING)
+  }
 ${declarations(kernel)}
-${target === "partial" ? "" : putWgsl(target)}
 
 // Where the activations of a row of this batch begin, in fours.
 fn input_of(row: u32) -> u32 {
@@ -96,7 +103,7 @@ ${
 ${turn(kernel)}
   }`
   }
-${whole && splits > 1 ? addSplits(kernel, target) : storeSums(kernel, target)}
+${leaveWgsl(kernel, target)}
 }
 `;
 }
@@ -113,10 +120,7 @@ var<workgroup> inputs: array<array<vec4<f16>, ${batch * turnPositions * v / 4}>,
       splits * inputTurns
     }>;`
     : "";
-  const sums = holdsWholeSums(kernel) && splits > 1
-    ? `var<workgroup> sums: array<vec4<f32>, ${splits * dequantizeColumns(kernel) / 4}>;`
-    : "";
-  return [tables, input, sums].join("\n");
+  return [tables, input, sumsWgsl(kernel)].join("\n");
 }
 
 const tableName = (v: number, t: number) => `table${Math.floor(t / (v / 4))}_${t % (v / 4)}`;
@@ -302,75 +306,4 @@ function loadScales(kernel: DequantizeKernel): string {
 function scaleOf({ turnPositions, order }: DequantizeKernel, position: number, r: number): string {
   const segment = Math.floor(position / gcd(turnPositions, order.scalePositions));
   return `scale${segment}_${r >> 2}.${"xyzw"[r & 3]}`;
-}
-
-/** Row quad `t` of a thread for place `b` of the batch. */
-function quadSum(t: number, b: number): string {
-  return `vec4<f32>(${[0, 1, 2, 3].map((r) => `acc${4 * t + r}_${b}`).join(", ")})`;
-}
-
-/** A split's sums: partial ones, padded rows of N included, or whole ones where K is one split. */
-function storeSums(kernel: DequantizeKernel, target: Target): string {
-  const { batch, rowsPerThread, lanes } = kernel;
-  return times(batch, (b) =>
-    times(
-      rowsPerThread / 4,
-      (t) =>
-        `  if (first + ${b}u < rows && quad + ${t * lanes}u + lane % ${lanes}u < quads) {
-    ${store(target, b, "split", `quad${t}`, quadSum(t, b))}
-  }`,
-    ));
-}
-
-/** The sums of all splits, put together in workgroup memory as the order says. */
-function addSplits(kernel: DequantizeKernel, target: Target): string {
-  const { batch, rowsPerThread, lanes, order } = kernel;
-  const { splits, slices } = order.dequantize;
-  const workgroupQuads = dequantizeColumns(kernel) / 4;
-  const perSlice = Math.ceil(splits / slices);
-  const slice = (s: number) => {
-    const from = s * perSlice;
-    const count = Math.max(0, Math.min(perSlice, splits - from));
-    return `{ var sum = vec4<f32>();
-${times(count, (i) => `sum += sums[i + ${(from + i) * workgroupQuads}u];`)}
-total += sum; }`;
-  };
-  return times(batch, (b) =>
-    `${b > 0 ? "  workgroupBarrier();" : ""}
-${
-      times(rowsPerThread / 4, (t) =>
-        `  sums[lane / ${lanes}u * ${workgroupQuads}u + ${t * lanes}u + lane % ${lanes}u] = ${
-          quadSum(t, b)
-        };`)
-    }
-  workgroupBarrier();
-  if (first + ${b}u < rows) {
-    for (var i = lane; i < min(${workgroupQuads}u, quads - quad); i += ${
-      dequantizeThreads(kernel)
-    }u) {
-      var total = vec4<f32>();
-${times(slices, slice)}
-      ${store(target, b, "0u", "(quad + i)", "total")}
-    }
-  }`);
-}
-
-/** Stores the sums of four rows of N. */
-function store(
-  target: Target,
-  b: number,
-  split: string,
-  quad: string,
-  value: string,
-): string {
-  if (target === "partial") {
-    return `y[(${split} * params.row_cap + first - params.row_base + ${b}u) * params.partial_stride / 4u + ${quad}] = ${value};`;
-  }
-  return `let value = ${value};
-${
-    times(4, (r) =>
-      `if (${quad} * 4u + ${r}u < params.n) { put(range_start() + first + ${b}u, ${quad} * 4u + ${r}u, value.${
-        "xyzw"[r]
-      }); }`)
-  }`;
 }

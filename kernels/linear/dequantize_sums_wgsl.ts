@@ -1,0 +1,132 @@
+/**
+ * WGSL of how sums leave the dequantizing decode kernel: those of a split go to the scratch; where a
+ * workgroup has all splits, they meet in workgroup memory and are stored or finished.
+ *
+ * @module
+ */
+import {
+  dequantizeColumns,
+  type DequantizeKernel,
+  dequantizeThreads,
+  holdsWholeSums,
+} from "./dequantize_kernel.ts";
+import type { Output } from "./output_wgsl.ts";
+import type { PairFinish } from "./types.ts";
+import { times } from "./wgsl.ts";
+
+/** The sums of each split of a workgroup, by fours of N, where they meet. */
+export function sumsWgsl(kernel: DequantizeKernel): string {
+  return meets(kernel)
+    ? `var<workgroup> sums: array<array<vec4<f32>, ${workgroupQuads(kernel)}>, ${kernel.splits}>;`
+    : "";
+}
+
+/** Statements behind the last product, whose sums are in `acc<row of N>_<place in the batch>`. */
+export function leaveWgsl(kernel: DequantizeKernel, target: Output | "partial"): string {
+  if (!meets(kernel)) return storeSums(kernel, target);
+  if (target === "partial" || target.finish === undefined) return addSplits(kernel, target);
+  return finishPairs(kernel, target.finish);
+}
+
+/** Whether there is anything to put together within a workgroup. */
+function meets(kernel: DequantizeKernel): boolean {
+  return holdsWholeSums(kernel) && kernel.splits > 1;
+}
+
+const workgroupQuads = (kernel: DequantizeKernel) => dequantizeColumns(kernel) / 4;
+
+/** Row quad `t` of a thread for place `b` of the batch. */
+function quadSum(t: number, b: number): string {
+  return `vec4<f32>(${[0, 1, 2, 3].map((r) => `acc${4 * t + r}_${b}`).join(", ")})`;
+}
+
+/** A split's sums: partial ones, padded rows of N included, or whole ones where K is one split. */
+function storeSums(kernel: DequantizeKernel, target: Output | "partial"): string {
+  const { batch, rowsPerThread, lanes } = kernel;
+  return times(batch, (b) =>
+    times(
+      rowsPerThread / 4,
+      (t) =>
+        `  if (first + ${b}u < rows && quad + ${t * lanes}u + lane % ${lanes}u < quads) {
+    ${store(target, b, "split", `quad${t}`, quadSum(t, b))}
+  }`,
+    ));
+}
+
+/** The sums of all splits for place `b` of the batch, into workgroup memory. */
+function meet({ rowsPerThread, lanes }: DequantizeKernel, b: number): string {
+  return `${b > 0 ? "  workgroupBarrier();" : ""}
+${
+    times(rowsPerThread / 4, (t) =>
+      `  sums[lane / ${lanes}u][${t * lanes}u + lane % ${lanes}u] = ${quadSum(t, b)};`)
+  }
+  workgroupBarrier();`;
+}
+
+/** Adds the splits of the workgroup's quad `at` to `total`, which is zero, as the order says. */
+function addTo(total: string, at: string, { order }: DequantizeKernel): string {
+  const { splits, slices } = order.dequantize;
+  const perSlice = Math.ceil(splits / slices);
+  return times(slices, (s) => {
+    const from = s * perSlice;
+    const count = Math.max(0, Math.min(perSlice, splits - from));
+    return `{ var sum = vec4<f32>();
+${times(count, (i) => `sum += sums[${from + i}][${at}];`)}
+${total} += sum; }`;
+  });
+}
+
+/** Whole sums, stored, or left in the scratch for what finishes them. */
+function addSplits(kernel: DequantizeKernel, target: Output | "partial"): string {
+  return times(kernel.batch, (b) =>
+    `${meet(kernel, b)}
+  if (first + ${b}u < rows) {
+    for (var i = lane; i < min(${workgroupQuads(kernel)}u, quads - quad); i += ${
+      dequantizeThreads(kernel)
+    }u) {
+      var total = vec4<f32>();
+${addTo("total", "i", kernel)}
+      ${store(target, b, "0u", "(quad + i)", "total")}
+    }
+  }`);
+}
+
+/**
+ * Whole sums, finished. Each row of the batch has threads of its own: what a finish reads is waited for
+ * once.
+ */
+function finishPairs(kernel: DequantizeKernel, { half }: PairFinish): string {
+  const { batch } = kernel;
+  const pairQuads = workgroupQuads(kernel) / 2;
+  const halfQuads = half / 4;
+  return `  let place = lane / ${pairQuads}u;
+  let pair_quad = lane % ${pairQuads}u;
+  let own = pair_quad / ${halfQuads}u * ${2 * halfQuads}u + pair_quad % ${halfQuads}u;
+  var total0 = vec4<f32>();
+  var total1 = vec4<f32>();
+${
+    times(batch, (b) =>
+      `${meet(kernel, b)}
+  if (place == ${b}u) {
+${addTo("total0", "own", kernel)}
+${addTo("total1", `own + ${halfQuads}u`, kernel)}
+  }`)
+  }
+  let n = (quad + own) * 4u;
+  if (place < ${batch}u && first + place < rows && n < params.n) {
+    finish(range_start() + first + place, n, total0, total1);
+  }`;
+}
+
+/** Stores the sums of four rows of N. */
+function store(
+  target: Output | "partial",
+  b: number,
+  split: string,
+  quad: string,
+  value: string,
+): string {
+  return target === "partial"
+    ? `y[(${split} * params.row_cap + first - params.row_base + ${b}u) * params.partial_stride / 4u + ${quad}] = ${value};`
+    : `if (${quad} * 4u < params.n) { put_quad(range_start() + first + ${b}u, ${quad} * 4u, ${value}); }`;
+}
