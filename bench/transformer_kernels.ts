@@ -112,7 +112,7 @@ async function layerKernels(
   const gateUp = bench.storage("gate up", rows * 2 * ffn * 4);
   const gated = bench.storage("gated", rows * ffn * 2);
   const scratch = createDecodeScratch(gpu, shape, limits);
-  [scratch.partials, ...scratch.batches].forEach((buffer) => bench.keep(buffer));
+  [scratch.partials, ...scratch.laterBatches].forEach((buffer) => bench.keep(buffer));
   const step = inputs.write({
     sequences: Array.from({ length: rows }, (_, s) => ({
       pages: Uint32Array.from({ length: pages }, (_, i) => i * rows + s),

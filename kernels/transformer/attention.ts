@@ -43,8 +43,8 @@ export interface DecodeScratch {
   partials: GPUBuffer;
   /** Rows times splits that there is room for: at least one row of the longest context. */
   rowSplits: number;
-  /** Per batch of a step: its index, and {@linkcode rowSplits}. */
-  batches: GPUBuffer[];
+  /** Per batch of a step but the first: its index, and {@linkcode rowSplits}. */
+  laterBatches: GPUBuffer[];
   /** Bytes on the GPU. */
   bytes: number;
 }
@@ -77,21 +77,21 @@ export function createDecodeScratch(
   scratchBytes = SCRATCH_BYTES,
 ): DecodeScratch {
   const size = decodeScratchSize(shape, limits, scratchBytes);
-  const batches = Array.from({ length: size.batches }, (_, index) => {
+  const laterBatches = Array.from({ length: size.batches - 1 }, (_, later) => {
     const usage = GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST;
     const batch = gpu.buffer("attention batch", 16, usage);
-    gpu.write(batch, 0, Uint32Array.of(index, size.rowSplits));
+    gpu.write(batch, 0, Uint32Array.of(1 + later, size.rowSplits));
     return batch;
   });
   const partials = gpu.storage("attention partials", size.bytes);
-  const bytes = batches.reduce((sum, batch) => sum + batch.size, partials.size);
-  return { partials, rowSplits: size.rowSplits, batches, bytes };
+  const bytes = laterBatches.reduce((sum, batch) => sum + batch.size, partials.size);
+  return { partials, rowSplits: size.rowSplits, laterBatches, bytes };
 }
 
 /** Frees a scratch; idempotent. */
 export function destroyDecodeScratch(scratch: DecodeScratch): void {
   scratch.partials.destroy();
-  scratch.batches.forEach((batch) => batch.destroy());
+  scratch.laterBatches.forEach((batch) => batch.destroy());
 }
 
 /** Attention of the step's decode rows. */
@@ -114,7 +114,10 @@ export function createDecodeBatches(
 ): Promise<{ split: Kernel; join: Kernel }[]> {
   const { gpu, inputs, shape, qkv, keys, values, attended, scratch } = options;
   const headTiles = shape.kvHeads * Math.ceil(shape.group / headTile(shape));
-  return Promise.all(scratch.batches.map(async (batch, index) => {
+  const { rows, pageTables } = inputs;
+  return Promise.all([null, ...scratch.laterBatches].map(async (batch, index) => {
+    const place = batch ? "later" : "first";
+    const placing = batch ? [inputs.step, batch] : [];
     const rowsOf = ({ decodeRows, contextTokens }: StepShape) => {
       const most = Math.floor(scratch.rowSplits / splitsOf(contextTokens));
       return Math.max(0, Math.min(most, decodeRows - index * most));
@@ -122,28 +125,15 @@ export function createDecodeBatches(
     const split = await Dispatch.create({
       gpu,
       label: "decode attention, splits",
-      code: decodeSplitWgsl(shape),
-      buffers: [
-        inputs.step,
-        batch,
-        inputs.rows,
-        inputs.pageTables,
-        qkv,
-        keys,
-        values,
-        scratch.partials,
-      ],
-      workgroups: (step) => [
-        splitsOf(step.contextTokens),
-        headTiles,
-        rowsOf(step),
-      ],
+      code: decodeSplitWgsl(shape, place),
+      buffers: [rows, pageTables, qkv, keys, values, scratch.partials, ...placing],
+      workgroups: (step) => [splitsOf(step.contextTokens), headTiles, rowsOf(step)],
     });
     const join = await Dispatch.create({
       gpu,
       label: "decode attention, join",
-      code: decodeJoinWgsl(shape),
-      buffers: [inputs.step, batch, inputs.rows, scratch.partials, attended],
+      code: decodeJoinWgsl(shape, place),
+      buffers: [rows, scratch.partials, attended, ...placing],
       workgroups: (step) => [shape.heads, rowsOf(step)],
     });
     return { split, join };

@@ -4,15 +4,15 @@
  * @module
  */
 import { times } from "./attention_wgsl.ts";
-import { BATCH_WGSL } from "./decode_attention_wgsl.ts";
+import { type BatchPlace, batchWgsl, SPLIT_TOKENS } from "./decode_attention_wgsl.ts";
 import { transformerWgsl } from "./inputs.ts";
 import type { HeadShape } from "./kv_layout.ts";
 
-const LANES = 256;
-/** Splits of a lane that are under way together. */
-const AHEAD = 4;
+const LANES = 128;
+/** Splits of a lane that are under way together: at first, and once the row says how many there are. */
+const AHEAD = { first: 4, later: 8 };
 
-/** Parts of the splits that a join's workgroup takes side by side, a lane of each per 4 dimensions. */
+/** Parts of the splits that a workgroup takes side by side, a lane of each per 4 dimensions. */
 function joinParts(quads: number): number {
   return Math.min(8, 2 ** Math.floor(Math.log2(LANES / quads)));
 }
@@ -23,7 +23,7 @@ function joinParts(quads: number): number {
  * splits are asked for before the row says how many there are: what lies past the last one weighs
  * nothing.
  */
-export function decodeJoinWgsl(shape: HeadShape): string {
+export function decodeJoinWgsl(shape: HeadShape, place: BatchPlace): string {
   const quads = shape.paddedDim / 4;
   const parts = joinParts(quads);
   const whole = shape.headDim % 4 === 0;
@@ -33,19 +33,21 @@ const HEAD_DIM = ${shape.headDim}u;
 const QUADS = ${quads}u;
 const PARTS = ${parts}u;
 const LOWEST = -3.0e38f;
+const SPLIT = ${SPLIT_TOKENS}u;
 
-${BATCH_WGSL}
-@group(0) @binding(2) var<storage, read> rows: array<Row>;
-@group(0) @binding(3) var<storage, read> partials: array<vec4<f32>>;
+@group(0) @binding(0) var<storage, read> rows: array<Row>;
+// (splits, rows of the batch, HEADS, 1 + QUADS), as the splits leave them.
+@group(0) @binding(1) var<storage, read> partials: array<vec4<f32>>;
 // (rows, HEADS, HEAD_DIM)
-@group(0) @binding(4) var<storage, read_write> attended: array<${whole ? "vec4<f16>" : "f16"}>;
-
+@group(0) @binding(2) var<storage, read_write> attended: array<${whole ? "vec4<f16>" : "f16"}>;
+${batchWgsl(place, 3)}
 var<workgroup> part_softmax: array<vec2<f32>, PARTS>; // maximum and sum
 var<workgroup> part_weighted: array<array<vec4<f32>, QUADS>, PARTS>;
 
 @compute @workgroup_size(${quads * parts})
 fn main(
   @builtin(workgroup_id) workgroup: vec3<u32>,
+  @builtin(num_workgroups) workgroups: vec3<u32>,
   @builtin(local_invocation_index) lane: u32,
 ) {
   let head = workgroup.x;
@@ -53,39 +55,18 @@ fn main(
   let part = lane / QUADS;
   let row = batch_first_row() + workgroup.y;
   let splits = rows[row].position / SPLIT + 1u;
-  let stride = batch_splits();
-  let base = (workgroup.y * HEADS + head) * stride;
+  let stride = workgroups.y * HEADS * (1u + QUADS);
+  let base = (workgroup.y * HEADS + head) * (1u + QUADS);
   var maximum = LOWEST;
   var sum = 0.0;
   var weighted = vec4<f32>();
-  var split = part;
-  loop {
-    ${
-    times(AHEAD, (u) =>
-      `let at${u} = (base + min(split + ${u * parts}u, stride - 1u)) * (1u + QUADS);
-    let softmax${u} = partials[at${u}].xy;
-    let value${u} = partials[at${u} + 1u + quad];`)
+  {
+    let split = part;
+    ${turn(AHEAD.first, (u) => `(split + ${u}u * PARTS)`)}
   }
-    ${
-    times(AHEAD, (u) =>
-      `let there${u} = split + ${u * parts}u < splits;
-    let maximum${u} = select(LOWEST, softmax${u}.x, there${u});`)
-  }
-    let raised = max(maximum, ${`max(max(maximum0, maximum1), max(maximum2, maximum3))`});
-    let shrink = exp(maximum - raised);
-    maximum = raised;
-    sum *= shrink;
-    weighted *= shrink;
-    ${
-    times(AHEAD, (u) =>
-      `let share${u} = exp(maximum${u} - raised);
-    sum += select(0.0, share${u} * softmax${u}.y, there${u});
-    weighted += select(vec4<f32>(), share${u} * value${u}, there${u});`)
-  }
-    split += ${AHEAD * parts}u;
-    if (split - part >= splits) {
-      break;
-    }
+  // Past the last split the last one is read again, which costs little.
+  for (var split = part + ${AHEAD.first}u * PARTS; split - part < splits; split += ${AHEAD.later}u * PARTS) {
+    ${turn(AHEAD.later, (u) => `min(split + ${u}u * PARTS, splits - 1u)`)}
   }
   if (quad == 0u) {
     part_softmax[part] = vec2<f32>(maximum, sum);
@@ -121,4 +102,31 @@ fn main(
   }
 }
 `);
+}
+
+/** `ahead` splits of a part joined to those before them. */
+function turn(ahead: number, read: (u: number) => string): string {
+  return `${
+    times(ahead, (u) =>
+      `let at${u} = base + ${read(u)} * stride;
+    let softmax${u} = partials[at${u}].xy;
+    let value${u} = partials[at${u} + 1u + quad];`)
+  }
+    ${
+    times(ahead, (u) =>
+      `let there${u} = split + ${u}u * PARTS < splits;
+    let maximum${u} = select(LOWEST, softmax${u}.x, there${u});`)
+  }
+    var raised = maximum;
+    ${times(ahead, (u) => `raised = max(raised, maximum${u});`)}
+    let shrink = exp(maximum - raised);
+    maximum = raised;
+    sum *= shrink;
+    weighted *= shrink;
+    ${
+    times(ahead, (u) =>
+      `let share${u} = exp(maximum${u} - raised);
+    sum += select(0.0, share${u} * softmax${u}.y, there${u});
+    weighted += select(vec4<f32>(), share${u} * value${u}, there${u});`)
+  }`;
 }
