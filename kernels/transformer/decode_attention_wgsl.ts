@@ -48,7 +48,7 @@ function tiling({ group, paddedDim }: HeadShape): Tiling {
   // Large heads take more lanes, so that keys and values still fit a lane's registers.
   const lanes = quads <= 32 ? 128 : 256;
   const parts = lanes / PAGE_TOKENS;
-  // At most 8 KiB are exchanged.
+  // At most 8 KiB are exchanged, with which four or five workgroups share 48 KiB.
   const heads = Math.min(powerOfTwoFrom(group), 1024 / lanes);
   const runs = 4 * quads <= lanes ? 4 : 2;
   const sets = Math.min(heads, powerOfTwoTo(lanes / (runs * quads)));
@@ -200,6 +200,7 @@ function queryFills({ lanes, heads, scores }: Tiling) {
   return { columns, fills: Math.ceil(heads * columns / lanes) };
 }
 
+/** Queries do not depend on what the row says, so they are asked for before it. */
 function askQueries(tile: Tiling): string {
   const { columns, fills } = queryFills(tile);
   return times(fills, (i) =>
@@ -256,6 +257,7 @@ function askValues({ values: { sets, runs, runTokens } }: Tiling, quads: number)
   }`;
 }
 
+/** Scores stay in registers until the queries, whose place they take, have been used. */
 function scoreKeys({ heads, scores: { partQuads } }: Tiling): string {
   return `
   // Scores of a part of the dimensions.
