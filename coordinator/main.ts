@@ -25,7 +25,7 @@ import { natsLeaseStore } from "./nats_lease.ts";
 import type { FleetEvent } from "./snapshot.ts";
 
 /** The kernels' order of operations; raised when a kernel changes it. */
-const PROFILE_VERSION = 3;
+const PROFILE_VERSION = 4;
 /** How long running answers, and the next coordinator, may take to hear that this one goes. */
 const GOODBYE_MS = 1_000;
 

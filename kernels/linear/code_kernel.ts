@@ -1,6 +1,7 @@
 /**
- * What the decode kernels of CodeGEMM matrices are generated from, and what both ways of generating
- * them share.
+ * What those decode kernels of CodeGEMM matrices are generated from that serve any adapter and any
+ * width of codes, and what both ways of generating them share. GPUs have others for codes of 8 bits:
+ * `psumbook_kernel.ts` and `dequantize_kernel.ts`.
  *
  * @module
  */
@@ -22,9 +23,9 @@ export interface CodeKernel {
   rowsPerThread: number;
   /** Rows of the step that a workgroup takes. */
   batch: Batch;
-  /** Positions whose activations are in workgroup memory at a time; see {@linkcode turnPositions}. */
+  /** Positions of a turn, whose activations or codes are loaded together; see {@linkcode turnPositions}. */
   turnPositions: number;
-  /** Every position of a turn as code of its own, or loops. */
+  /** Every position of a turn as code of its own, or loops; only where codes are dequantized. */
   unroll: boolean;
   /** Code words are loaded a turn ahead: less waiting, more registers (unrolled). */
   prefetch: boolean;
@@ -54,24 +55,17 @@ export function turnPositions(order: CodeOrder, format: CodeGemmFormat, wantedK:
   return largestDivisor(order.unitPositions, Math.max(step, Math.floor(wantedK / format.v)), step);
 }
 
-/** Whether workgroup memory holds a Psumbook at least, or the activations of two turns. */
+/** Whether workgroup memory holds what loops need: a Psumbook at least, or two turns' activations. */
 export function codeKernelFits(kernel: CodeKernel): boolean {
+  if (kernel.unroll) return true;
   return kernel.family === "codegemm"
-    ? (kernel.unroll ? psumbooksPerHalf(kernel) : psumbooksPerStage(kernel)) >= 1
-    : kernel.unroll || 2 * activationBytes(kernel) <= kernel.workgroupBytes;
+    ? psumbooksPerStage(kernel) >= 1
+    : 2 * activationBytes(kernel) <= kernel.workgroupBytes;
 }
 
 /** Bytes of the activations of one turn. */
 export function activationBytes({ turnPositions, format, batch }: CodeKernel): number {
   return turnPositions * format.v * 2 * batch;
-}
-
-/** How many Psumbooks fit into each of two halves of workgroup memory. */
-export function psumbooksPerHalf(
-  { workgroupBytes, batch, turnPositions, format }: CodeKernel,
-): number {
-  const fit = Math.floor(workgroupBytes / (2 * 256 * 2 * batch));
-  return Math.min(fit, Math.ceil(turnPositions * format.m / 2));
 }
 
 /** How many Psumbooks, of one position and codebook each, stand in workgroup memory at a time. */

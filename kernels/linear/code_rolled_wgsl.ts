@@ -24,36 +24,54 @@ import { times } from "./wgsl.ts";
 export function rolledPsumbook(kernel: CodeKernel, lanes: BatchLanes): CodeBody {
   const { format: { m, v }, order, threads, rowsPerThread, turnPositions } = kernel;
   const stage = psumbooksPerStage(kernel);
+  const type16 = lanes.type("f16");
   const type32 = lanes.type("f32");
-  const zero = `${lanes.type("f16")}(0.0)`;
+  const zero = `${type16}(0.0)`;
   const inRegisters = Math.min(v, 8);
-  const multiply = (e: string, centroid: string) =>
+  const multiply = (chain: string, e: string, centroid: string) =>
     times(
       lanes.vectors,
       (j) =>
-        `            p${j} = fma(${type32}(activations${j}[from_x + ${e}]), ${
-          splat(lanes, "f32", centroid)
-        }, p${j});`,
+        `            ${chain}${j} = fma(activations${j}[from_x + ${e}], ${
+          splat(lanes, "f16", centroid)
+        }, ${chain}${j});`,
     );
   const fill = `
       for (var c = lane; c < 256u; c += ${threads}u) {
         for (var k = 0u; k < ${m}u; k++) {
           let centroid = ((book * ${m}u + k) * 256u + c) * ${v}u;
-${times(inRegisters, (e) => `          let c${e} = f32(codebooks[centroid + ${e}u]);`)}
+${times(inRegisters, (e) => `          let c${e} = codebooks[centroid + ${e}u];`)}
           // The stage's entries of codebook k.
           for (var entry = stage + (k + ${m}u - stage % ${m}u) % ${m}u; entry < stage_end; entry += ${m}u) {
             let from_x = (entry / ${m}u) * ${v}u;
-${times(lanes.vectors, (j) => `            var p${j} = ${type32}(0.0);`)}
-${times(inRegisters, (e) => multiply(`${e}u`, `c${e}`))}
+${
+    times(lanes.vectors, (j) =>
+      `            var even${j} = ${zero}; var odd${j} = ${zero}; var sum${j} = ${type32}(0.0);`)
+  }
+${times(inRegisters, (e) => multiply(e % 2 === 0 ? "even" : "odd", `${e}u`, `c${e}`))}
 ${
     v === inRegisters ? "" : `            for (var e = ${inRegisters}u; e < ${v}u; e++) {
-              let rest = f32(codebooks[centroid + e]);
-${multiply("e", "rest")}
+              let rest = codebooks[centroid + e];
+              // A vector longer than the float16 bound is closed in between.
+              if (e % 16u == 0u) {
+${
+      times(
+        lanes.vectors,
+        (j) =>
+          `                sum${j} += ${type32}(even${j} + odd${j}); even${j} = ${zero}; odd${j} = ${zero};`,
+      )
+    }
+              }
+              if (e % 2u == 0u) {
+${multiply("even", "e", "rest")}
+              } else {
+${multiply("odd", "e", "rest")}
+              }
             }`
   }
 ${
     times(lanes.vectors, (j) =>
-      `            book${j}[(entry - stage) * 256u + c] = ${lanes.type("f16")}(p${j});`)
+      `            book${j}[(entry - stage) * 256u + c] = ${type16}(sum${j} + ${type32}(even${j} + odd${j}));`)
   }
           }
         }

@@ -1,6 +1,7 @@
 /**
- * WGSL of the decode kernels of CodeGEMM matrices: one thread holds a few rows of N, one workgroup a
- * row block and a split of K, for up to eight rows of the step at once.
+ * WGSL of the decode kernels of CodeGEMM matrices on software adapters, and of wide codes on any: one
+ * thread holds a few rows of N, one workgroup a row block and a split of K, for up to eight rows of
+ * the step at once.
  *
  * Two families, which differ in what happens per code:
  *
@@ -11,8 +12,10 @@
  *
  * The order of one row's sum, which no batch size, turn or stage changes: within a group of positions
  * in float16; groups then with their scale in float32, through a split of K; splits as `reduce_wgsl.ts`
- * says. A group of the `codegemm` family is one chain by position, then by codebook; of the
- * `dequantize` family two chains, of the even and of the odd elements, then added.
+ * says. Products are summed in two chains, of the even and of the odd elements, then added: those of a
+ * vector in the `codegemm` family, whose entries then make one chain by position and by codebook; those
+ * of the group in the `dequantize` family. `psumbook_wgsl.ts` and `dequantize_wgsl.ts` have the same
+ * orders.
  *
  * @module
  */
@@ -20,7 +23,7 @@ import { invariant } from "../../shared/errors.ts";
 import type { CodeKernel } from "./code_kernel.ts";
 import { codeKernelFits } from "./code_kernel.ts";
 import { rolledDequantize, rolledPsumbook } from "./code_rolled_wgsl.ts";
-import { centroidType, unrolledDequantize, unrolledPsumbook } from "./code_unrolled_wgsl.ts";
+import { centroidType, unrolledDequantize } from "./code_unrolled_wgsl.ts";
 import type { BatchLanes } from "./wgsl.ts";
 import { batchLanes, HEADER_WGSL, putWgsl, times } from "./wgsl.ts";
 
@@ -31,12 +34,17 @@ export function codeKernelWgsl(kernel: CodeKernel): string {
   const workgroups = order.rowBlock / (threads * rowsPerThread);
   invariant(Number.isInteger(workgroups), "workgroups cover a row block");
   invariant(codeKernelFits(kernel), "the kernel fits into workgroup memory");
-  invariant(family === "dequantize" || format.b === 8, "Psumbooks have an entry for each byte");
+  invariant(
+    family === "dequantize" || (format.b === 8 && !unroll),
+    "Psumbooks here are made in loops, with an entry for each byte",
+  );
   const lanes = batchLanes(batch);
   const turns = order.unitPositions / kernel.turnPositions;
-  const make = family === "codegemm"
-    ? (unroll ? unrolledPsumbook : rolledPsumbook)
-    : (unroll ? unrolledDequantize : rolledDequantize);
+  const make = unroll
+    ? unrolledDequantize
+    : family === "codegemm"
+    ? rolledPsumbook
+    : rolledDequantize;
   const body = make(kernel, lanes);
 
   return /* wgsl */ `${HEADER_WGSL}

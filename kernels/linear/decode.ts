@@ -26,6 +26,8 @@ import {
 } from "./dequantize_kernel.ts";
 import { dequantizeKernelWgsl } from "./dequantize_wgsl.ts";
 import type { Output } from "./output_wgsl.ts";
+import { psumbookKernel, workgroupColumns } from "./psumbook_kernel.ts";
+import { psumbookKernelWgsl } from "./psumbook_wgsl.ts";
 import { REDUCE_BINDINGS, reduceColumns, type ReduceOrder, reduceWgsl } from "./reduce_wgsl.ts";
 import type { LinearOptions, Matrix, PairFinish } from "./types.ts";
 import type { DecodeChoice, Variant } from "./variant.ts";
@@ -34,7 +36,7 @@ import type { Batch, Target } from "./wgsl.ts";
 
 const CODE_BINDINGS = ["uniform", "uniform", "read", "read", "read", "read", "write"] as const;
 const DENSE_BINDINGS = ["uniform", "uniform", "read", "read", "write"] as const;
-/** K that a CodeGEMM kernel takes at a turn, until autotuning says better. */
+/** K that kernels of wide codes and software adapters take at a turn, until autotuning says better. */
 const TURN_K = 64;
 
 /** A kernel's code, and how it is dispatched. */
@@ -254,13 +256,13 @@ export function decodeCode(
   const family = decodeFamily(format, profile);
   const choice = choiceOf(variant, batch);
   const maxThreads = limits.maxComputeInvocationsPerWorkgroup;
+  const room = {
+    members: members.map(({ n }) => n),
+    bindingRows: blocks[0].n,
+    maxThreads,
+    workgroupBytes,
+  };
   if (family === "dequantize" && isVectorInput(options)) {
-    const room = {
-      members: members.map(({ n }) => n),
-      bindingRows: blocks[0].n,
-      maxThreads,
-      workgroupBytes,
-    };
     const shaped = (choice: DecodeChoice) =>
       dequantizeKernel(format, order, batch, { ...variant, ...choice }, room);
     const chosen = shaped(choice);
@@ -280,9 +282,19 @@ export function decodeCode(
       };
     }
   }
-  // Sixteen rows are for the kernel above alone: others would run out of registers.
-  if (batch > 8) return null;
   const { splits } = layerSplits(options);
+  const target = splits > 1 ? "partial" : stored;
+  if (family === "codegemm" && variant.unroll) {
+    const kernel = psumbookKernel(format, order, batch, choice, room, isVectorInput(options));
+    return kernel && {
+      code: psumbookKernelWgsl(kernel, target),
+      columns: workgroupColumns(kernel),
+      splitGroups: splits,
+      finishes: false,
+    };
+  }
+  // Sixteen rows are for the dequantizing kernel alone: this one would run out of registers.
+  if (batch > 8) return null;
   const { threads, perThread } = codeThreads(order, family, batch, choice, maxThreads);
   const vectorInput = isVectorInput(options) && format.v % 4 === 0;
   const kernel: CodeKernel = {
@@ -291,13 +303,13 @@ export function decodeCode(
     order,
     threads,
     turnPositions: turnPositions(order, format, choice.turnK ?? TURN_K),
-    unroll: variant.unroll && (family === "codegemm" || format.v % 4 === 0),
+    unroll: variant.unroll && format.v % 4 === 0,
     rowsPerThread: perThread,
     prefetch: choice.prefetch ?? false,
     vectorInput,
     batch,
     workgroupBytes,
-    target: splits > 1 ? "partial" : stored,
+    target,
   };
   if (!codeKernelFits(kernel)) return null;
   return {

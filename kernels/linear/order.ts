@@ -19,16 +19,24 @@ const MAX_MEMBERS = 3;
 
 /** What decides the order beside shape and format; a changed default is a new profile version. */
 export interface Tuning {
-  /** K of one unit: its code words sit in registers, its Psumbooks in workgroup memory. */
+  /** K of one unit where codes are dequantized; what is summed in float16 never straddles two. */
   unitK: number;
-  /** Workgroups a decode dispatch should have at one row, to fill a large GPU. */
+  /** Workgroups a decode dispatch of other kernels should have at one row, to fill a large GPU. */
   wantedWorkgroups: number;
   /** Rows of N in the largest row block, a multiple of 256. */
   maxRowBlock: number;
-  /** From this many rows of N on there are fewer, taller workgroups: Psumbooks cost less then. */
+  /** From this many rows of N on there are fewer, taller row blocks. */
   wideN: number;
   wideWorkgroups: number;
   wideRowBlock: number;
+  /** K of one unit of Psumbooks, and how many it should have: a turn of the kernel takes a unit. */
+  psumbookUnitK: number;
+  psumbookUnitBooks: number;
+  /** Rows of N, each of a split of its own, whose sums a large GPU has under way at once. */
+  psumbookRows: number;
+  /** Beyond so many splits, or with less K in one, their partial sums cost more than they save. */
+  psumbookSplits: number;
+  psumbookMinSplitK: number;
   /** Splits of K for the dequantizing kernel: as many as a workgroup has threads for beside N. */
   dequantizeSplits: number;
   wideDequantizeSplits: number;
@@ -36,7 +44,12 @@ export interface Tuning {
   denseMinSplitK: number;
 }
 
-/** The tuning of profile version 3. */
+/** Rows of N of the tallest workgroup with Psumbooks: 1024 threads, four rows each. */
+const TALLEST_WORKGROUP = 4096;
+/** Rows of N past the last one that workgroups may have, as a part of all. */
+const PADDING = 1 / 8;
+
+/** The tuning of profile version 4. */
 export const DEFAULT_TUNING: Tuning = {
   unitK: 64,
   wantedWorkgroups: 640,
@@ -44,6 +57,12 @@ export const DEFAULT_TUNING: Tuning = {
   wideN: 16384,
   wideWorkgroups: 396,
   wideRowBlock: 2048,
+  psumbookUnitK: 32,
+  psumbookUnitBooks: 8,
+  // Of an H200's 132 multiprocessors, each with one of the tallest workgroups.
+  psumbookRows: 132 * TALLEST_WORKGROUP,
+  psumbookSplits: 66,
+  psumbookMinSplitK: 64,
   dequantizeSplits: 32,
   wideDequantizeSplits: 8,
   denseMinSplitK: 512,
@@ -105,17 +124,17 @@ export function codeOrder(
   tuning: Tuning = DEFAULT_TUNING,
   members: readonly number[] = [n],
 ): CodeOrder {
-  const { v, g } = matrixFormat(format, k);
+  const { m, v, g } = matrixFormat(format, k);
   const positions = k / v;
   const scalePositions = g / v;
   const perWord = codesPerWord(format);
-  const unitPositions = largestDivisor(
+  const wholeUnit = largestDivisor(
     positions,
     Math.max(perWord, Math.floor(tuning.unitK / v)),
     perWord,
   );
   const groupPositions = largestDivisor(
-    gcd(unitPositions, scalePositions),
+    gcd(wholeUnit, scalePositions),
     Math.max(1, Math.floor(FLOAT16_SUM_K / v)),
     1,
   );
@@ -125,19 +144,69 @@ export function codeOrder(
   const rowBlock = members.length === 1
     ? roundUp(Math.ceil(n / blocks), ROW_BLOCK_STEP)
     : largestDivisor(members.reduce(gcd), maxRowBlock, ROW_BLOCK_STEP);
-  const wanted = wide ? tuning.wideWorkgroups : tuning.wantedWorkgroups;
-  const units = positions / unitPositions;
-  const splits = { rowBlock, ...splitUnits(units, Math.ceil(n / rowBlock), 1, wanted) };
-  const dequantizeSplits = wide ? tuning.wideDequantizeSplits : tuning.dequantizeSplits;
-  return {
-    kind: "code",
-    unitPositions,
-    groupPositions,
-    scalePositions,
-    ...splits,
+  const shape = { kind: "code", rowBlock, groupPositions, scalePositions } as const;
+  const wholeUnits = positions / wholeUnit;
+  if (format.b > 8) {
     // Wide codes are gathered from memory: what counts there is the number of workgroups.
-    dequantize: format.b > 8 ? splits : { rowBlock, ...evenSplits(units, dequantizeSplits) },
+    const wanted = wide ? tuning.wideWorkgroups : tuning.wantedWorkgroups;
+    const splits = { rowBlock, ...splitUnits(wholeUnits, Math.ceil(n / rowBlock), 1, wanted) };
+    return { ...shape, ...splits, unitPositions: wholeUnit, dequantize: splits };
+  }
+  const step = lcm(perWord, groupPositions);
+  const unitPositions = largestDivisor(
+    wholeUnit,
+    Math.max(
+      step,
+      Math.floor(tuning.psumbookUnitK / v),
+      Math.ceil(tuning.psumbookUnitBooks / m),
+    ),
+    step,
+  );
+  const even = evenSplits(wholeUnits, wide ? tuning.wideDequantizeSplits : tuning.dequantizeSplits);
+  const parts = wholeUnit / unitPositions;
+  return {
+    ...shape,
+    ...psumbookSplits(n, positions / unitPositions, unitPositions * v, tuning, members),
+    unitPositions,
+    dequantize: {
+      ...even,
+      rowBlock,
+      units: even.units * parts,
+      splitUnits: even.splitUnits * parts,
+    },
   };
+}
+
+/**
+ * The most rows of N that a workgroup with Psumbooks takes: a power of two, so that few are past the
+ * last one and, in a stack, none are of two matrices. The Psumbooks of many rows cost each little.
+ */
+export function psumbookColumns(members: readonly number[]): number {
+  const n = members.reduce((sum, rows) => sum + rows, 0);
+  const fits = (rows: number) =>
+    members.length > 1
+      ? members.every((member) => member % rows === 0)
+      : roundUp(n, rows) <= n * (1 + PADDING);
+  let rows = TALLEST_WORKGROUP;
+  while (rows > ROW_BLOCK_STEP && !fits(rows)) rows /= 2;
+  return rows;
+}
+
+/**
+ * As many splits as give every multiprocessor of a large GPU its workgroup, and none a second one: with
+ * one more, all would wait for it.
+ */
+function psumbookSplits(
+  n: number,
+  units: number,
+  unitK: number,
+  tuning: Tuning,
+  members: readonly number[],
+) {
+  const atOnce = Math.floor(tuning.psumbookRows / roundUp(n, psumbookColumns(members)));
+  const wanted = Math.max(1, Math.min(tuning.psumbookSplits, atOnce));
+  const least = Math.min(units, Math.ceil(tuning.psumbookMinSplitK / unitK));
+  return splitBy(units, Math.max(least, Math.ceil(units / wanted)));
 }
 
 /** The splits that a kernel family makes of K. */

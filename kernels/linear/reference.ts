@@ -104,11 +104,17 @@ export function codegemmProduct(
   for (let i = 0; i < positions; i++) {
     for (let c = 0; c < m; c++) {
       for (let code = 0; code < 256; code++) {
-        let sum = f32(x[i * v] * codebooks[(c * 256 + code) * v]);
-        for (let e = 1; e < v; e++) {
-          sum = fma32(x[i * v + e], codebooks[(c * 256 + code) * v + e], sum);
+        let sum = 0;
+        let pair = [0, 0];
+        for (let e = 0; e < v; e++) {
+          if (e > 0 && e % 16 === 0) {
+            sum = f32(sum + f16(pair[0] + pair[1]));
+            pair = [0, 0];
+          }
+          const weight = codebooks[(c * 256 + code) * v + e];
+          pair[e % 2] = fma16(x[i * v + e], weight, pair[e % 2]);
         }
-        psumbook[(i * m + c) * 256 + code] = sum;
+        psumbook[(i * m + c) * 256 + code] = f32(sum + f16(pair[0] + pair[1]));
       }
     }
   }

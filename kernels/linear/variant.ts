@@ -15,10 +15,11 @@ export interface DecodeChoice {
    * K that a CodeGEMM decode kernel takes at a turn. Compilers that reassociate sums (Mesa's do) may
    * round straight code of another length differently: autotuning compares the bits.
    *
-   * By default 64, and what suits the batch where codes are dequantized.
+   * By default 64, what suits the batch where codes are dequantized, and all of a unit where Psumbooks
+   * are made.
    */
   turnK?: number;
-  /** Rows of N that a thread of a CodeGEMM decode kernel holds; by default as many as fit 256 threads. */
+  /** Rows of N that a thread of a CodeGEMM decode kernel holds; by default what suits the matrix. */
   codeRowsPerThread?: 4 | 8;
   /** Most threads of a workgroup. */
   codeThreads?: number;
@@ -91,8 +92,9 @@ export function familyBatches(
 }
 
 /**
- * Threads of a CodeGEMM decode workgroup, and the rows of N that each holds; both together divide the
- * row block. Dequantizing kernels hold fewer rows of N: a pair of chains for each.
+ * Threads of a decode workgroup of wide codes, or on a software adapter, and the rows of N that each
+ * holds; both together divide the row block. Dequantizing kernels hold fewer: a pair of chains for
+ * each.
  */
 export function codeThreads(
   order: CodeOrder,
