@@ -8,7 +8,7 @@
 import { type CodeGemmFormat, codesPerWord } from "../../shared/model_config.ts";
 import type { NumericsProfile } from "../../shared/protocol.ts";
 import type { CodeOrder } from "./order.ts";
-import { largestDivisor, lcm } from "./order.ts";
+import { familyOrder, largestDivisor, lcm } from "./order.ts";
 import type { Batch, BatchLanes, Target } from "./wgsl.ts";
 import { spread, times } from "./wgsl.ts";
 
@@ -50,9 +50,15 @@ export interface CodeBody {
  * The largest number of positions within `wantedK` of K that a kernel can take at a turn: whole code
  * words and whole float16 groups.
  */
-export function turnPositions(order: CodeOrder, format: CodeGemmFormat, wantedK: number): number {
-  const step = lcm(codesPerWord(format), order.groupPositions);
-  return largestDivisor(order.unitPositions, Math.max(step, Math.floor(wantedK / format.v)), step);
+export function turnPositions(
+  order: CodeOrder,
+  format: CodeGemmFormat,
+  family: NumericsProfile["decode"],
+  wantedK: number,
+): number {
+  const { unitPositions, groupPositions } = familyOrder(order, family);
+  const step = lcm(codesPerWord(format), groupPositions);
+  return largestDivisor(unitPositions, Math.max(step, Math.floor(wantedK / format.v)), step);
 }
 
 /** Whether workgroup memory holds what loops need: a Psumbook at least, or two turns' activations. */

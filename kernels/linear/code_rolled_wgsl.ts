@@ -9,14 +9,9 @@
  */
 import { codesPerWord } from "../../shared/model_config.ts";
 import type { CodeBody, CodeKernel } from "./code_kernel.ts";
-import {
-  addGroup,
-  loadActivations,
-  psumbooksPerStage,
-  splat,
-  sumVariables,
-} from "./code_kernel.ts";
+import { loadActivations, psumbooksPerStage, splat, sumVariables } from "./code_kernel.ts";
 import { centroidCount, codeWidth } from "./code_words_wgsl.ts";
+import { FLOAT16_PAIR_K } from "./order.ts";
 import type { BatchLanes } from "./wgsl.ts";
 import { times } from "./wgsl.ts";
 
@@ -103,7 +98,7 @@ ${
         `        sum${r}_${j} += book${j}[at${r >> 2}.${"xyzw"[r & 3]}];`))
   }
         if (closes) {
-${addGroups(kernel, lanes)}
+${addGroups(kernel, lanes, (r, j) => `${type32}(sum${r}_${j})`)}
         }
       }
     }`;
@@ -123,8 +118,10 @@ ${addGroups(kernel, lanes)}
 export function rolledDequantize(kernel: CodeKernel, lanes: BatchLanes): CodeBody {
   const { format, order, rowsPerThread, turnPositions } = kernel;
   const { m, v } = format;
+  const { groupPositions } = order.dequantize;
   const entries = centroidCount(format);
   const count = turnPositions * v;
+  const type32 = lanes.type("f32");
   const zero = `${lanes.type("f16")}(0.0)`;
   const turn = `
     let half = (turn & 1u) * ${count}u;
@@ -132,8 +129,8 @@ export function rolledDequantize(kernel: CodeKernel, lanes: BatchLanes): CodeBod
     // One barrier is enough: a half is written again only after everyone passed the next barrier.
     workgroupBarrier();
     for (var position = 0u; position < ${turnPositions}u; position++) {
-      let opens = position % ${order.groupPositions}u == 0u;
-      let closes = (position + 1u) % ${order.groupPositions}u == 0u;
+      let opens = position % ${groupPositions}u == 0u;
+      let closes = (position + 1u) % ${groupPositions}u == 0u;
 ${
     times(m, (k) =>
       times(rowsPerThread / 4, (t) =>
@@ -142,14 +139,14 @@ ${
         }u + book * ${m * entries}u)) * ${v}u;`))
   }
       for (var e = 0u; e < ${v}u; e++) {
-        if ((opens && e == 0u) || (e > 0u && e % 16u == 0u)) {
+        if ((opens && e == 0u) || (e > 0u && e % ${FLOAT16_PAIR_K}u == 0u)) {
 ${
     times(rowsPerThread, (r) =>
       times(lanes.vectors, (j) =>
         `          even${r}_${j} = ${zero}; odd${r}_${j} = ${zero};`))
   }
         }
-        let is_odd = ((position % ${order.groupPositions}u) * ${v}u + e) % 2u == 1u;
+        let is_odd = ((position % ${groupPositions}u) * ${v}u + e) % 2u == 1u;
 ${times(lanes.vectors, (j) => `        let a${j} = activations${j}[half + position * ${v}u + e];`)}
 ${
     times(rowsPerThread, (r) => {
@@ -167,12 +164,11 @@ ${
     })
   }
         // A vector longer than the float16 bound is closed in between.
-        if ((closes && e == ${v - 1}u) || (e % 16u == 15u && e < ${v - 1}u)) {
-${
-    times(rowsPerThread, (r) =>
-      times(lanes.vectors, (j) => `          sum${r}_${j} = even${r}_${j} + odd${r}_${j};`))
-  }
-${addGroups(kernel, lanes)}
+        if (
+          (closes && e == ${v - 1}u) ||
+          (e % ${FLOAT16_PAIR_K}u == ${FLOAT16_PAIR_K - 1}u && e < ${v - 1}u)
+        ) {
+${addGroups(kernel, lanes, (r, j) => `${type32}(even${r}_${j}) + ${type32}(odd${r}_${j})`)}
         }
       }
     }`;
@@ -181,7 +177,7 @@ ${addGroups(kernel, lanes)}
       lanes.vectors,
       (j) => `var<workgroup> activations${j}: array<${lanes.type("f16")}, ${2 * count}>;`,
     ),
-    prologue: ["sum", "even", "odd"].map((name) => sumVariables(kernel, lanes, name)).join("\n"),
+    prologue: ["even", "odd"].map((name) => sumVariables(kernel, lanes, name)).join("\n"),
     turn,
   };
 }
@@ -198,8 +194,12 @@ function codesOf(kernel: CodeKernel, codebook: string, t: number): string {
   }u * (position % ${perWord}u))) & vec4<u32>(${centroidCount(format) - 1}u))`;
 }
 
-/** Every row's group, with the scale at `position`. */
-function addGroups(kernel: CodeKernel, lanes: BatchLanes): string {
+/** Every row's group, with the scale at `position`; `sum` is WGSL of it in float32. */
+function addGroups(
+  kernel: CodeKernel,
+  lanes: BatchLanes,
+  sum: (r: number, j: number) => string,
+): string {
   const { turnPositions, rowsPerThread, threads, order } = kernel;
   return `          let scale_at = (scale_block + (turn * ${turnPositions}u + position) / ${order.scalePositions}u) * ${
     order.rowBlock / 4
@@ -214,7 +214,10 @@ function addGroups(kernel: CodeKernel, lanes: BatchLanes): string {
       (r) =>
         times(
           lanes.vectors,
-          (j) => "          " + addGroup(lanes, `scale${r >> 2}.${"xyzw"[r & 3]}`, r, j),
+          (j) => {
+            const scale = splat(lanes, "f32", `scale${r >> 2}.${"xyzw"[r & 3]}`);
+            return `          acc${r}_${j} = fma(${scale}, ${sum(r, j)}, acc${r}_${j});`;
+          },
         ),
     );
 }

@@ -8,7 +8,7 @@ import { codesPerWord } from "../../shared/model_config.ts";
 import type { CodeBody, CodeKernel } from "./code_kernel.ts";
 import { splat } from "./code_kernel.ts";
 import { centroidCount, codeInWord, OCTET, OCTET_WEIGHTS, octetQuad } from "./code_words_wgsl.ts";
-import { gcd } from "./order.ts";
+import { FLOAT16_PAIR_K, gcd } from "./order.ts";
 import type { BatchLanes } from "./wgsl.ts";
 import { times } from "./wgsl.ts";
 
@@ -23,6 +23,8 @@ export function unrolledDequantize(kernel: CodeKernel, lanes: BatchLanes): CodeB
   const { format, order, rowsPerThread, batch } = kernel;
   const { m, v } = format;
   const quads = v / 4;
+  const { groupPositions } = order.dequantize;
+  const pairQuads = FLOAT16_PAIR_K / 4;
   const entries = centroidCount(format);
   const octets = gathersOctets(kernel);
   const stored = (k: number, vectors: number) =>
@@ -33,8 +35,8 @@ export function unrolledDequantize(kernel: CodeKernel, lanes: BatchLanes): CodeB
       : `${stored(k, quads)} + ${q}u]`;
   const parts = [takeWords(kernel), loadScales(kernel), loadNextWords(kernel)];
   for (let position = 0; position < kernel.turnPositions; position++) {
-    const opensGroup = position % order.groupPositions === 0;
-    const closesGroup = (position + 1) % order.groupPositions === 0;
+    const opensGroup = position % groupPositions === 0;
+    const closesGroup = (position + 1) % groupPositions === 0;
     parts.push("{", times(batch, (b) => loadQuads(kernel, position, b)));
     for (let r = 0; r < rowsPerThread; r++) {
       parts.push("{", times(m, (k) => `let code${k} = ${codeOf(kernel, position, k, r)};`));
@@ -48,8 +50,8 @@ export function unrolledDequantize(kernel: CodeKernel, lanes: BatchLanes): CodeB
       for (let q = 0; q < quads; q++) {
         const centroid = Array.from({ length: m }, (_, k) => gather(k, q)).join(" + ");
         // A vector longer than the float16 bound is closed in between.
-        const opens = q === 0 ? opensGroup : q % 4 === 0;
-        const closes = q === quads - 1 ? closesGroup : q % 4 === 3;
+        const opens = q === 0 ? opensGroup : q % pairQuads === 0;
+        const closes = q === quads - 1 ? closesGroup : (q + 1) % pairQuads === 0;
         parts.push(`let c${q} = ${centroid};`);
         parts.push(times(batch, (b) => {
           const pair = `pair${r}_${b}`;
@@ -104,7 +106,7 @@ function addPairs(kernel: CodeKernel, lanes: BatchLanes, position: number, r: nu
   return times(lanes.vectors, (j) => {
     const sums = Array.from({ length: lanes.lanes }, (_, l) => {
       const pair = `pair${r}_${j * lanes.lanes + l}`;
-      return `f32(${pair}.x + ${pair}.y)`;
+      return `f32(${pair}.x) + f32(${pair}.y)`;
     }).join(", ");
     const type = lanes.type("f32");
     const factor = splat(lanes, "f32", scaleOf(kernel, position, r));

@@ -12,9 +12,9 @@
  *
  * The order of one row's sum, which no batch size, turn or stage changes: within a group of positions
  * in float16; groups then with their scale in float32, through a split of K; splits as `reduce_wgsl.ts`
- * says. Products are summed in two chains, of the even and of the odd elements, then added: those of a
- * vector in the `codegemm` family, whose entries then make one chain by position and by codebook; those
- * of the group in the `dequantize` family. `psumbook_wgsl.ts` and `dequantize_wgsl.ts` have the same
+ * says. Products are summed in two chains, of the even and of the odd elements: those of a vector in the
+ * `codegemm` family, whose chains are then added and make one chain by position and by codebook; those
+ * of the group in the `dequantize` family, whose chains are added in float32. `psumbook_wgsl.ts` and `dequantize_wgsl.ts` have the same
  * orders.
  *
  * @module
@@ -24,6 +24,7 @@ import type { CodeKernel } from "./code_kernel.ts";
 import { codeKernelFits } from "./code_kernel.ts";
 import { rolledDequantize, rolledPsumbook } from "./code_rolled_wgsl.ts";
 import { centroidType, unrolledDequantize } from "./code_unrolled_wgsl.ts";
+import { familyOrder } from "./order.ts";
 import type { BatchLanes } from "./wgsl.ts";
 import { batchLanes, HEADER_WGSL, putWgsl, times } from "./wgsl.ts";
 
@@ -39,7 +40,7 @@ export function codeKernelWgsl(kernel: CodeKernel): string {
     "Psumbooks here are made in loops, with an entry for each byte",
   );
   const lanes = batchLanes(batch);
-  const turns = order.unitPositions / kernel.turnPositions;
+  const turns = familyOrder(order, family).unitPositions / kernel.turnPositions;
   const make = unroll
     ? unrolledDequantize
     : family === "codegemm"

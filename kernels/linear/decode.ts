@@ -302,7 +302,7 @@ export function decodeCode(
     format,
     order,
     threads,
-    turnPositions: turnPositions(order, format, choice.turnK ?? TURN_K),
+    turnPositions: turnPositions(order, format, family, choice.turnK ?? TURN_K),
     unroll: variant.unroll && format.v % 4 === 0,
     rowsPerThread: perThread,
     prefetch: choice.prefetch ?? false,

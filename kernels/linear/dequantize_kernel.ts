@@ -6,7 +6,7 @@
 import { type CodeGemmFormat, codesPerWord } from "../../shared/model_config.ts";
 import { hasPackedDot } from "./code_words_wgsl.ts";
 import type { CodeOrder } from "./order.ts";
-import { FLOAT16_SUM_K, gcd, largestDivisor, lcm } from "./order.ts";
+import { FLOAT16_PAIR_K, gcd, largestDivisor, lcm } from "./order.ts";
 import type { DecodeChoice, Variant } from "./variant.ts";
 import type { Batch } from "./wgsl.ts";
 
@@ -29,6 +29,8 @@ export interface DequantizeKernel {
   prefetch: boolean;
   /** Turns of a split whose activations stand in workgroup memory at a time; 0: none ever do. */
   inputTurns: number;
+  /** Fours of K whose centroids a thread gathers before it multiplies: fewer, fewer registers. */
+  gatherQuads: number;
   /** How often each centroid stands in workgroup memory, a power of two. */
   copies: number;
   /** WGSL has packed dot products. */
@@ -101,7 +103,7 @@ export function dequantizeColumns({ lanes, rowsPerThread }: DequantizeKernel): n
 
 /** Positions of a whole split. */
 export function splitPositions(order: CodeOrder): number {
-  return order.dequantize.splitUnits * order.unitPositions;
+  return order.dequantize.splitUnits * order.dequantize.unitPositions;
 }
 
 /** Workgroup memory of a kernel, bytes. */
@@ -127,13 +129,15 @@ export function dequantizeKernel(
   if (!variant.unroll || format.b !== 8 || format.v % 4 !== 0) return null;
   const { splits } = order.dequantize;
   const whole = batch < SPLIT_BATCH && splits * MIN_LANES <= room.maxThreads;
-  const turnK = variant.turnK ?? (batch < SPLIT_BATCH ? 64 : batch < 16 ? 32 : FLOAT16_SUM_K);
+  const turnK = variant.turnK ?? (batch < SPLIT_BATCH ? 64 : FLOAT16_PAIR_K);
   const base = {
     format,
     order,
     batch,
     turnPositions: turnPositions(format, order, turnK),
-    prefetch: variant.prefetch ?? !whole,
+    // Sixteen rows' sums leave no registers for it.
+    prefetch: variant.prefetch ?? (!whole && batch < 16),
+    gatherQuads: batch < TALL_BATCH ? 4 : FLOAT16_PAIR_K / 4,
     packed: hasPackedDot(),
   };
   if (whole) {
@@ -212,10 +216,10 @@ function lanesOf(
 
 /** The largest number of positions within `wantedK` of K that divides every split. */
 function turnPositions(format: CodeGemmFormat, order: CodeOrder, wantedK: number): number {
-  const { units, splitUnits, splits } = order.dequantize;
+  const { units, splitUnits, splits, unitPositions, groupPositions } = order.dequantize;
   const last = units - (splits - 1) * splitUnits;
-  const every = gcd(splitUnits, last) * order.unitPositions;
-  const step = lcm(codesPerWord(format), order.groupPositions);
+  const every = gcd(splitUnits, last) * unitPositions;
+  const step = lcm(codesPerWord(format), groupPositions);
   return largestDivisor(every, Math.max(step, Math.floor(wantedK / format.v)), step);
 }
 

@@ -79,7 +79,7 @@ Deno.test("workgroups share out splits and turns evenly, and none straddles two 
     const last = units - (order.dequantize.splits - 1) * splitUnits;
     assert(last > 0);
     assertEquals(splitPositions(order) % turnPositions, 0);
-    assertEquals(last * order.unitPositions % turnPositions, 0);
+    assertEquals(last * order.dequantize.unitPositions % turnPositions, 0);
     if (members.length === 1) continue;
     for (const rows of members) assertEquals(rows % dequantizeColumns(kernel), 0);
   }

@@ -7,9 +7,9 @@
  * seldom meet in a bank. Threads of a workgroup share out rows of N and, for few rows of the step,
  * all splits of K: then their sums meet in workgroup memory and no partial sums go to memory.
  *
- * A thread gathers the centroids of what may be summed in float16, for all its rows of N, and goes
- * with them through the rows of the step one by one: little more than its sums stays in registers,
- * and a load of activations serves all its rows of N.
+ * A thread gathers centroids for all its rows of N and goes with them through the rows of the step one
+ * by one: little more than its sums stays in registers, and a load of activations serves all its rows
+ * of N.
  *
  * Array indices that are not constant cost two instructions each, because WGSL's implementations
  * clamp them: so activations are arrays of a turn's, and a code becomes its index in one instruction
@@ -26,7 +26,7 @@ import {
   splitPositions,
 } from "./dequantize_kernel.ts";
 import { leaveWgsl, sumsWgsl } from "./dequantize_sums_wgsl.ts";
-import { FLOAT16_SUM_K, gcd } from "./order.ts";
+import { FLOAT16_PAIR_K, gcd } from "./order.ts";
 import { type Output, outputWgsl } from "./output_wgsl.ts";
 import { HEADER_WGSL, times } from "./wgsl.ts";
 
@@ -90,7 +90,7 @@ ${
   }
   let split = workgroup.y * ${splits}u + lane / ${lanes}u;
   let start = split * ${splitPositions(order)}u;
-  let turns = (min((split + 1u) * params.split_units, params.units) * ${order.unitPositions}u - start)
+  let turns = (min((split + 1u) * params.split_units, params.units) * ${order.dequantize.unitPositions}u - start)
     / ${kernel.turnPositions}u;
   var position = start;
 ${kernel.prefetch ? loadWords(kernel, "position", (name) => `var next${name}`) : ""}
@@ -189,68 +189,91 @@ function turn(kernel: DequantizeKernel): string {
     : [loadWords(kernel, "position", (name) => `let w${name}`)];
   parts.push(loadScales(kernel));
   if (inputTurns === 0) parts.push(`let input_quad = position * ${v / 4}u;`);
-  // A group of positions is summed in float16; a vector longer than that in pieces.
-  const groupQuads = order.groupPositions * v / 4;
+  // Products of a group of positions are summed in float16; of a longer vector in pieces.
+  const groupQuads = order.dequantize.groupPositions * v / 4;
+  const pairQuads = FLOAT16_PAIR_K / 4;
   for (let group = 0; group < turnPositions * v / 4; group += groupQuads) {
-    for (let quad = 0; quad < groupQuads; quad += FLOAT16_SUM_K / 4) {
-      parts.push(chain(kernel, group + quad, Math.min(FLOAT16_SUM_K / 4, groupQuads - quad)));
+    for (let quad = 0; quad < groupQuads; quad += pairQuads) {
+      parts.push(pairs(kernel, group + quad, Math.min(pairQuads, groupQuads - quad)));
     }
   }
   parts.push(`position += ${turnPositions}u;`);
   return parts.join("\n");
 }
 
-/** The products of `count` fours of K from the turn's `first` on, summed in float16, then scaled. */
-function chain(kernel: DequantizeKernel, first: number, count: number): string {
-  const { format: { m, v }, batch, rowsPerThread, inputTurns, turnPositions } = kernel;
+/**
+ * The products of `count` fours of K from the turn's `first` on: those of even K and those of odd K
+ * summed in float16, then together and scaled in float32.
+ */
+function pairs(kernel: DequantizeKernel, first: number, count: number): string {
+  const { format: { v }, batch, rowsPerThread, gatherQuads, inputTurns, turnPositions } = kernel;
   const turnQuads = turnPositions * v / 4;
-  const quads = v / 4;
   const input = (b: number, q: number) =>
     inputTurns > 0 ? `inputs[slot][${b * turnQuads + q}u]` : `x[x${b} + input_quad + ${q}u]`;
-  const positions = Math.ceil(count / quads);
-  const start = Math.floor(first / quads);
-  const gathers = times(rowsPerThread, (r) =>
-    [
-      ...Array.from({ length: positions * m }, (_, i) => {
-        const position = Math.floor(i / m);
-        return `let at${r}_${position}_${i % m} = ${placeOf(kernel, start + position, r, i % m)};`;
-      }),
-      ...Array.from({ length: count }, (_, i) => {
-        const position = Math.floor((first + i) / quads) - start;
-        const tables = Array.from(
-          { length: m },
-          (_, k) => `table${k}_${(first + i) % quads}[at${r}_${position}_${k}]`,
-        );
-        return `let c${r}_${i} = ${tables.join(" + ")};`;
-      }),
-    ].join("\n"));
-  // Neighbouring products share an activation: its register need not be read twice.
-  const products = (b: number) =>
-    times(
-      count,
-      (i) =>
-        times(rowsPerThread, (r) =>
-          i === 0
-            ? `var pair${r} = a0.xy * c${r}_0.zw;`
-            : `pair${r} = fma(a${i}.xy, c${r}_${i}.zw, pair${r});`) +
-        times(rowsPerThread, (r) =>
-          `pair${r} = fma(a${i}.zw, c${r}_${i}.xy, pair${r});`),
-    ) +
-    times(
-      rowsPerThread,
-      (r) =>
-        `acc${r}_${b} = fma(${
-          scaleOf(kernel, start, r)
-        }, f32(pair${r}.x + pair${r}.y), acc${r}_${b});`,
-    );
-  return `{
-${gathers}
-${
-    times(batch, (b) =>
-      `{ ${times(count, (i) => `let a${i} = ${input(b, first + i)};`)}
-${products(b)} }`)
+  const pieces = Math.ceil(count / gatherQuads);
+  const pair = (r: number, b: number) => pieces > 1 ? `pair${r}_${b}` : `pair${r}`;
+  const parts = ["{"];
+  if (pieces > 1) {
+    parts.push(times(rowsPerThread, (r) => times(batch, (b) => `var ${pair(r, b)}: vec2<f16>;`)));
   }
-}`;
+  for (let piece = 0; piece < pieces; piece++) {
+    const from = first + piece * gatherQuads;
+    const quads = Math.min(gatherQuads, count - piece * gatherQuads);
+    parts.push("{", times(rowsPerThread, (r) => gather(kernel, from, quads, r)));
+    for (let b = 0; b < batch; b++) {
+      parts.push("{", times(quads, (i) => `let a${i} = ${input(b, from + i)};`));
+      // Neighbouring products share an activation: its register need not be read twice.
+      for (let i = 0; i < quads; i++) {
+        parts.push(times(rowsPerThread, (r) => {
+          const opens = piece === 0 && i === 0;
+          return opens
+            ? `${pieces > 1 ? "" : "var "}${pair(r, b)} = a0.xy * c${r}_0.zw;`
+            : `${pair(r, b)} = fma(a${i}.xy, c${r}_${i}.zw, ${pair(r, b)});`;
+        }));
+        parts.push(
+          times(
+            rowsPerThread,
+            (r) => `${pair(r, b)} = fma(a${i}.zw, c${r}_${i}.xy, ${pair(r, b)});`,
+          ),
+        );
+      }
+      if (piece === pieces - 1) {
+        const scale = (r: number) => scaleOf(kernel, Math.floor(first / (v / 4)), r);
+        parts.push(
+          times(
+            rowsPerThread,
+            (r) =>
+              `acc${r}_${b} = fma(${scale(r)}, f32(${pair(r, b)}.x) + f32(${
+                pair(r, b)
+              }.y), acc${r}_${b});`,
+          ),
+        );
+      }
+      parts.push("}");
+    }
+    parts.push("}");
+  }
+  parts.push("}");
+  return parts.join("\n");
+}
+
+/** The centroids of `count` fours of K from the turn's `first` on, of row `r`: `c<row>_<four>`. */
+function gather(kernel: DequantizeKernel, first: number, count: number, r: number): string {
+  const { format: { m, v } } = kernel;
+  const quads = v / 4;
+  const start = Math.floor(first / quads);
+  const positions = Math.floor((first + count - 1) / quads) - start + 1;
+  return times(positions * m, (i) => {
+    const [position, k] = [Math.floor(i / m), i % m];
+    return `let at${r}_${position}_${k} = ${placeOf(kernel, start + position, r, k)};`;
+  }) + "\n" + times(count, (i) => {
+    const position = Math.floor((first + i) / quads) - start;
+    const tables = Array.from(
+      { length: m },
+      (_, k) => `table${k}_${(first + i) % quads}[at${r}_${position}_${k}]`,
+    );
+    return `let c${r}_${i} = ${tables.join(" + ")};`;
+  });
 }
 
 /** Where the centroid of a position's code stands in its table. */

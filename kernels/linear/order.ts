@@ -11,8 +11,10 @@ import { type CodeGemmFormat, codesPerWord, matrixFormat } from "../../shared/mo
 import type { NumericsProfile } from "../../shared/protocol.ts";
 import type { MatrixShape } from "./types.ts";
 
-/** Consecutive K that may be summed in float16 (DESIGN). */
-export const FLOAT16_SUM_K = 16;
+/** Products that may be summed in float16 (DESIGN). */
+export const FLOAT16_SUM = 16;
+/** K that a pair of float16 sums covers, one of the even K, one of the odd. */
+export const FLOAT16_PAIR_K = 2 * FLOAT16_SUM;
 const ROW_BLOCK_STEP = 256;
 /** Matrices of a stack: q, k and v. */
 const MAX_MEMBERS = 3;
@@ -90,15 +92,22 @@ export interface SplitOrder {
   slices: number;
 }
 
-/** The order of a CodeGEMM matrix; a position is `v` consecutive weights. */
-export interface CodeOrder extends SplitOrder {
-  kind: "code";
-  /** The splits of decode rows that are dequantized, in place of this order's own. */
-  dequantize: SplitOrder;
-  /** Positions of a unit: whole code words. */
+/** How a kernel family sums the codes of a split. */
+export interface GroupOrder extends SplitOrder {
+  /** Positions of a unit: whole code words, whole groups. */
   unitPositions: number;
-  /** Positions summed in float16 before they are scaled and added in float32. */
+  /**
+   * Positions summed in float16 before they are scaled and added in float32; where codes are
+   * dequantized, those of even and of odd K apart, put together in float32.
+   */
   groupPositions: number;
+}
+
+/** The order of a CodeGEMM matrix; a position is `v` consecutive weights. */
+export interface CodeOrder extends GroupOrder {
+  kind: "code";
+  /** For decode rows that are dequantized, in place of this order's own. */
+  dequantize: GroupOrder;
   /** Positions that share a scale: `g / v`. */
   scalePositions: number;
 }
@@ -133,26 +142,27 @@ export function codeOrder(
     Math.max(perWord, Math.floor(tuning.unitK / v)),
     perWord,
   );
-  const groupPositions = largestDivisor(
-    gcd(wholeUnit, scalePositions),
-    Math.max(1, Math.floor(FLOAT16_SUM_K / v)),
-    1,
-  );
+  const groupPositions = (mostK: number) =>
+    largestDivisor(gcd(wholeUnit, scalePositions), Math.max(1, Math.floor(mostK / v)), 1);
   const wide = n >= tuning.wideN;
   const maxRowBlock = wide ? tuning.wideRowBlock : tuning.maxRowBlock;
   const blocks = Math.ceil(n / maxRowBlock);
   const rowBlock = members.length === 1
     ? roundUp(Math.ceil(n / blocks), ROW_BLOCK_STEP)
     : largestDivisor(members.reduce(gcd), maxRowBlock, ROW_BLOCK_STEP);
-  const shape = { kind: "code", rowBlock, groupPositions, scalePositions } as const;
   const wholeUnits = positions / wholeUnit;
+  const pairs = {
+    rowBlock,
+    unitPositions: wholeUnit,
+    groupPositions: groupPositions(FLOAT16_PAIR_K),
+  };
   if (format.b > 8) {
     // Wide codes are gathered from memory: what counts there is the number of workgroups.
     const wanted = wide ? tuning.wideWorkgroups : tuning.wantedWorkgroups;
-    const splits = { rowBlock, ...splitUnits(wholeUnits, Math.ceil(n / rowBlock), 1, wanted) };
-    return { ...shape, ...splits, unitPositions: wholeUnit, dequantize: splits };
+    const wideCodes = { ...pairs, ...splitUnits(wholeUnits, Math.ceil(n / rowBlock), 1, wanted) };
+    return { kind: "code", scalePositions, ...wideCodes, dequantize: wideCodes };
   }
-  const step = lcm(perWord, groupPositions);
+  const step = lcm(perWord, groupPositions(FLOAT16_SUM));
   const unitPositions = largestDivisor(
     wholeUnit,
     Math.max(
@@ -162,18 +172,15 @@ export function codeOrder(
     ),
     step,
   );
-  const even = evenSplits(wholeUnits, wide ? tuning.wideDequantizeSplits : tuning.dequantizeSplits);
-  const parts = wholeUnit / unitPositions;
+  const dequantizeSplits = wide ? tuning.wideDequantizeSplits : tuning.dequantizeSplits;
   return {
-    ...shape,
-    ...psumbookSplits(n, positions / unitPositions, unitPositions * v, tuning, members),
+    kind: "code",
+    rowBlock,
+    scalePositions,
     unitPositions,
-    dequantize: {
-      ...even,
-      rowBlock,
-      units: even.units * parts,
-      splitUnits: even.splitUnits * parts,
-    },
+    groupPositions: groupPositions(FLOAT16_SUM),
+    ...psumbookSplits(n, positions / unitPositions, unitPositions * v, tuning, members),
+    dequantize: { ...pairs, ...evenSplits(wholeUnits, dequantizeSplits) },
   };
 }
 
@@ -209,12 +216,17 @@ function psumbookSplits(
   return splitBy(units, Math.max(least, Math.ceil(units / wanted)));
 }
 
+/** How a kernel family sums the codes of a matrix. */
+export function familyOrder(order: CodeOrder, family: NumericsProfile["decode"]): GroupOrder {
+  return family === "dequantize" ? order.dequantize : order;
+}
+
 /** The splits that a kernel family makes of K. */
 export function decodeSplits(
   order: CodeOrder | DenseOrder,
   family: NumericsProfile["decode"] | "dense",
 ): SplitOrder {
-  return order.kind === "code" && family === "dequantize" ? order.dequantize : order;
+  return order.kind === "code" && family !== "dense" ? familyOrder(order, family) : order;
 }
 
 /** The order of a dense matrix. */

@@ -121,7 +121,7 @@ export function psumbookKernel(
     format,
     order,
     batch: batch as PsumbookKernel["batch"],
-    turnPositions: turnPositions(order, format, wantedK),
+    turnPositions: turnPositions(order, format, "codegemm", wantedK),
     vectorInput: vectorInput && format.v % 4 === 0,
     packed: hasPackedDot(),
   };

@@ -23,7 +23,7 @@
 import { invariant } from "../../shared/errors.ts";
 import { codesPerWord } from "../../shared/model_config.ts";
 import { codeInWord } from "./code_words_wgsl.ts";
-import { FLOAT16_SUM_K, gcd } from "./order.ts";
+import { FLOAT16_SUM, gcd } from "./order.ts";
 import {
   positionQuads,
   type PsumbookKernel,
@@ -35,7 +35,7 @@ import {
 import { batchLanes, HEADER_WGSL, putWgsl, type Target, times } from "./wgsl.ts";
 
 /** Products of two neighbours along K that may be summed in float16. */
-const CHAIN = FLOAT16_SUM_K / 2;
+const CHAIN = FLOAT16_SUM / 2;
 
 /**
  * The kernel's code; dispatched over (columns of N, splits, batches of rows).
@@ -226,7 +226,7 @@ function fillEntries(
   const entries = threadEntries(kernel);
   const each = (make: (b: number, s: number) => string) =>
     times(batch, (b) => times(entries, (s) => make(b, s)));
-  const long = v > FLOAT16_SUM_K;
+  const long = v > FLOAT16_SUM;
   const parts = [
     each((b, s) => `var p${b}_${s} = vec2<f16>();${long ? ` var total${b}_${s} = 0.0;` : ""}`),
   ];

@@ -11,6 +11,7 @@ import {
   type TensorSource,
 } from "../../shared/model_config.ts";
 import type { CodeOrder, DenseOrder, SplitOrder } from "./order.ts";
+import { FLOAT16_PAIR_K } from "./order.ts";
 import type { MatrixShape } from "./types.ts";
 
 /** A CodeGEMM matrix in the published layout, as numbers. */
@@ -139,10 +140,10 @@ export function dequantizeProduct(
   return sumGroups(matrix, { ...order, ...order.dequantize }, n, (row, from) => {
     const sums: number[] = [];
     let pair = [0, 0];
-    for (let i = from; i < from + order.groupPositions; i++) {
+    for (let i = from; i < from + order.dequantize.groupPositions; i++) {
       for (let e = 0; e < v; e++) {
-        if (e > 0 && e % 16 === 0) {
-          sums.push(f16(pair[0] + pair[1]));
+        if (e > 0 && e % FLOAT16_PAIR_K === 0) {
+          sums.push(f32(pair[0] + pair[1]));
           pair = [0, 0];
         }
         let weight = 0;
@@ -153,11 +154,11 @@ export function dequantizeProduct(
         pair[chain] = fma16(x[i * v + e], weight, pair[chain]);
       }
     }
-    return [...sums, f16(pair[0] + pair[1])];
+    return [...sums, f32(pair[0] + pair[1])];
   });
 }
 
-/** Scales the float16 sums of groups and adds them in float32 as the order says. */
+/** Scales the sums of groups and adds them in float32 as the order says. */
 function sumGroups(
   { shape, scales }: CodeTensors,
   order: CodeOrder,
