@@ -231,7 +231,8 @@ async function main(): Promise<void> {
     const report = { adapter, settings: values, loadSeconds, measurements, kernels };
     await Deno.writeTextFile(values.out, JSON.stringify(report, null, 2) + "\n");
   }
-  thread.close();
+  // The thread ends with the process: one with a GPU that ends before may take the process along.
+  Deno.exit(0);
 }
 
 if (import.meta.main) await runCommand(main);
