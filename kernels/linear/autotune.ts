@@ -19,11 +19,12 @@ import type { Batch } from "./wgsl.ts";
 /** What is tried beside the default, for each batch by itself. */
 export const CANDIDATES: readonly DecodeChoice[] = [
   { prefetch: true },
+  { prefetch: false },
   { turnK: 32 },
   { turnK: 64 },
-  { turnK: 64, prefetch: true },
   { turnK: 128 },
   { codeRowsPerThread: 4 },
+  { codeRowsPerThread: 8 },
   { codeThreads: 256 },
   { codeThreads: 512 },
 ];
