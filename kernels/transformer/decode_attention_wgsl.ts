@@ -4,8 +4,12 @@
  *
  * A workgroup's time is its chain of waits for memory and barriers: the row, its pages, then keys and
  * values at once; values wait in registers until the scores are there. What hides the waits is other
- * workgroups, so they are small and share one piece of workgroup memory among all their phases. Indices
- * into it are constants wherever a loop was, for every other one is clamped.
+ * workgroups, so they are small and share one piece of workgroup memory among all their phases.
+ *
+ * A layer's kernel begins with its code in no cache near, so with one row, whose workgroups run it
+ * once, code is memory waited for like any other. What has been loaded is therefore worked on by loops,
+ * a few registers a turn, between which the registers still to come move up. How often a loop runs is
+ * said by data: where it is a constant, compilers unroll it again.
  *
  * @module
  */
@@ -19,8 +23,10 @@ const SPLIT_PAGES = 2;
 /** Positions of a split of the context. */
 export const SPLIT_TOKENS = SPLIT_PAGES * PAGE_TOKENS;
 
-/** Vectors of the scores of a split. */
+/** Vectors of 4 positions of a split. */
 const SCORE_QUADS = SPLIT_TOKENS / 4;
+/** Their first of two indices into exchanged vectors; the second is one of four. */
+const SCORE_ROWS = SCORE_QUADS / 4;
 
 /**
  * How a split's workgroup shares its work. All counts but those of quads (4 dimensions) are powers of
@@ -31,15 +37,21 @@ interface Tiling {
   /** Query heads; the last ones may have nothing to do. */
   heads: number;
   /** Scores: a lane takes its slot in both pages, every head, and a part of the dimensions. */
-  scores: { parts: number; partQuads: number };
-  /** Softmax: so many lanes for a head. */
-  headLanes: number;
+  scores: { parts: number; partQuads: number; turnQuads: number };
   /**
-   * Values: a lane takes 4 dimensions, the heads of a set, and a run of positions. Its weights come in
-   * `vectors` of as many heads as there are, up to four.
+   * Values: a lane takes 4 dimensions, the heads of a set, and a run of positions, four a turn. Its
+   * weights come in `vectors` of as many heads as there are, up to four. The runs put so many heads
+   * together at a time.
    */
-  values: { sets: number; setHeads: number; vectors: number; runs: number; runTokens: number };
-  /** Exchanged vectors: (high, parts, SCORE_QUADS). */
+  values: {
+    sets: number;
+    setHeads: number;
+    vectors: number;
+    runs: number;
+    runTokens: number;
+    together: number;
+  };
+  /** Exchanged vectors: (high, parts, SCORE_ROWS, 4). */
   high: number;
 }
 
@@ -54,14 +66,21 @@ function tiling({ group, paddedDim }: HeadShape): Tiling {
   const sets = Math.min(heads, powerOfTwoTo(lanes / (runs * quads)));
   const setHeads = heads / sets;
   const vectors = Math.ceil(setHeads / 4);
-  const runTokens = SPLIT_TOKENS / runs;
+  const high = Math.max(heads, sets * vectors, lanes / (parts * SCORE_QUADS));
+  const turnQuads = quads <= SCORE_ROWS * parts ? 1 : quads <= 2 * SCORE_ROWS * parts ? 2 : 4;
   return {
     lanes,
     heads,
-    scores: { parts, partQuads: Math.ceil(quads / parts) },
-    headLanes: Math.min(PAGE_TOKENS, lanes / heads),
-    values: { sets, setHeads, vectors, runs, runTokens },
-    high: Math.max(heads, sets * vectors * Math.ceil(runTokens / SCORE_QUADS)),
+    scores: { parts, partQuads: turnQuads * Math.ceil(quads / (turnQuads * parts)), turnQuads },
+    values: {
+      sets,
+      setHeads,
+      vectors,
+      runs,
+      runTokens: SPLIT_TOKENS / runs,
+      together: Math.min(setHeads, high * parts * SCORE_QUADS / lanes),
+    },
+    high,
   };
 }
 
@@ -122,27 +141,32 @@ const TILE = ${heads}u;
 const TILES = ${Math.ceil(shape.group / heads)}u;
 const LANES = ${lanes}u;
 const SPLIT = ${SPLIT_TOKENS}u;
-const HEAD_LANES = ${tile.headLanes}u; // lanes of a head in the softmax
+const SCORE_QUADS = ${SCORE_QUADS}u;
 
 @group(0) @binding(0) var<storage, read> rows: array<Row>;
 @group(0) @binding(1) var<storage, read> page_tables: array<u32>;
 @group(0) @binding(2) var<storage, read> qkv: array<Query>;
-@group(0) @binding(3) var<storage, read> keys: array<vec4<f16>>;
-@group(0) @binding(4) var<storage, read> values: array<vec4<f16>>;
+// Four float16 each: as words, of which two move up instead of four halves.
+@group(0) @binding(3) var<storage, read> keys: array<vec2<u32>>;
+@group(0) @binding(4) var<storage, read> values: array<vec2<u32>>;
 // (splits, rows of the batch, heads, 1 + QUADS): maximum and sum, then the weighted values.
 @group(0) @binding(5) var<storage, read_write> partials: array<vec4<f32>>;
 ${batchWgsl(place, 6)}
 // One after another:
-// queries (heads, parts, quads of a part),
+// queries (heads, parts, turns, quads of a turn),
 // scores (heads, parts, positions),
-// weights (vectors of heads, runs, positions of a run), each over up to four heads,
-// weighted values (heads of a set, upper half of the runs times lanes of a run).
-var<workgroup> exchange: array<array<array<vec4<f32>, ${SCORE_QUADS}>, ${tile.scores.parts}>, ${tile.high}>;
-var<workgroup> maxima: array<array<vec4<f32>, ${tile.headLanes / 4}>, TILE>;
-var<workgroup> sums: array<array<vec4<f32>, ${tile.headLanes / 4}>, TILE>;
+// weights (vectors of heads, positions of a quad, quads of positions), each over up to four heads,
+// weighted values (heads put together, lanes).
+var<workgroup> exchange: array<array<array<array<vec4<f32>, 4>, ${SCORE_ROWS}>, ${tile.scores.parts}>, ${tile.high}>;
+var<workgroup> maxima: array<array<vec4<f32>, ${SCORE_ROWS}>, TILE>;
+var<workgroup> sums: array<array<vec4<f32>, ${SCORE_ROWS}>, TILE>;
 
 fn along(sum: f32, a: vec4<f32>, b: vec4<f32>) -> f32 {
   return sum + a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
+}
+
+fn widen(halves: vec2<u32>) -> vec4<f32> {
+  return vec4<f32>(unpack2x16float(halves.x), unpack2x16float(halves.y));
 }
 
 @compute @workgroup_size(LANES)
@@ -176,17 +200,9 @@ fn main(
   ${weighValues(tile)}
 
   let base = ((workgroup.x * workgroups.z + workgroup.z) * HEADS + first_head) * (1u + QUADS);
-  if (run == 0u) {
-    let first = value_set * ${tile.values.setHeads}u;
-    ${
-    times(tile.values.setHeads, (h) =>
-      `if (first + ${h}u < heads_here) {
-      partials[base + (first + ${h}u) * (1u + QUADS) + 1u + quad] = weighted${h};
-    }`)
-  }
-  }
+  ${joinRuns(tile, quads)}
   if (head_lane == 0u && head < heads_here) {
-    let total = ${pairwise(tile.headLanes / 4, (i) => `sums[head][${i}]`)};
+    let total = ${pairwise(SCORE_ROWS, (i) => `sums[head][${i}]`)};
     partials[base + head * (1u + QUADS)] =
       vec4<f32>(maximum, (total.x + total.y) + (total.z + total.w), 0.0, 0.0);
   }
@@ -211,11 +227,12 @@ function askQueries(tile: Tiling): string {
 }
 
 function shareQueries(tile: Tiling): string {
-  const { lanes, heads, scores: { partQuads } } = tile;
+  const { lanes, heads, scores: { partQuads, turnQuads } } = tile;
   const { columns, fills } = queryFills(tile);
   return times(fills, (i) => {
-    const store =
-      `exchange[query_head${i}][column${i} / ${partQuads}u][column${i} % ${partQuads}u] = query${i};`;
+    const inPart = `column${i} % ${partQuads}u`;
+    const store = `exchange[query_head${i}][column${i} / ${partQuads}u]` +
+      `[${inPart} / ${turnQuads}u][${inPart} % ${turnQuads}u] = query${i};`;
     return (i + 1) * lanes <= heads * columns ? store : `if (query_head${i} < TILE) { ${store} }`;
   });
 }
@@ -231,7 +248,7 @@ function askKeys({ scores: { parts, partQuads } }: Tiling, quads: number): strin
     times(SPLIT_PAGES, (p) =>
       `let key_at${p} = (page${p} * KV_HEADS + kv_head) * QUADS * PAGE_TOKENS + slot;
   ${
-        times(partQuads, (i) => `let key${p}_${i} = keys[key_at${p} + ${at(i)} * PAGE_TOKENS];`)
+        times(partQuads, (i) => `var key${p}_${i} = keys[key_at${p} + ${at(i)} * PAGE_TOKENS];`)
       }`)
   }`;
 }
@@ -243,8 +260,7 @@ function askValues({ values: { sets, runs, runTokens } }: Tiling, quads: number)
   let run = lane / ${sets * quads}u;
   let value_set = value_lane / QUADS;
   let quad = value_lane % QUADS;
-  let weight_run = min(run, ${runs - 1}u);
-  let run_start = weight_run * ${runTokens}u;
+  let run_start = min(run, ${runs - 1}u) * ${runTokens}u;
   let value_page = min(run_start / PAGE_TOKENS, last_page);
   let first_slot = run_start % PAGE_TOKENS;
   let last_slot = min(length - 1u - value_page * PAGE_TOKENS, PAGE_TOKENS - 1u);
@@ -252,75 +268,75 @@ function askValues({ values: { sets, runs, runTokens } }: Tiling, quads: number)
   ${
     times(
       runTokens,
-      (i) => `let value${i} = values[value_at + min(first_slot + ${i}u, last_slot) * QUADS];`,
+      (i) => `var value${i} = values[value_at + min(first_slot + ${i}u, last_slot) * QUADS];`,
     )
   }`;
 }
 
+/** `n` registers, of which the first `used` have been used up: those behind take their places. */
+const moveUp = (n: number, used: number, name: (i: number) => string) =>
+  times(n - used, (i) => `${name(i)} = ${name(i + used)};`, " ");
+
 /** Scores stay in registers until the queries, whose place they take, have been used. */
-function scoreKeys({ heads, scores: { partQuads } }: Tiling): string {
+function scoreKeys({ heads, scores: { partQuads, turnQuads } }: Tiling): string {
   return `
   // Scores of a part of the dimensions.
   ${times(SPLIT_PAGES * heads, (n) => `var score${n} = 0.0;`, " ")}
-  ${
-    times(partQuads, (i) =>
+  let key_turns = select(0u, ${partQuads / turnQuads}u, length > 0u); // never 0
+  for (var turn = 0u; turn < key_turns; turn++) {
+    ${
+    times(turnQuads, (i) =>
       `{
-    ${times(SPLIT_PAGES, (p) => `let k${p} = vec4<f32>(key${p}_${i});`)}
-    ${
+      ${times(SPLIT_PAGES, (p) => `let k${p} = widen(key${p}_${i});`)}
+      ${
         times(heads, (h) =>
-          `let q${h} = exchange[${h}][part][${i}];
-    ${
+          `let q${h} = exchange[${h}][part][turn][${i}];
+      ${
             times(SPLIT_PAGES, (p) => {
               const score = `score${p * heads + h}`;
               return `${score} = along(${score}, q${h}, k${p});`;
             })
           }`)
       }
-  }`)
+    }`)
+  }
+    ${times(SPLIT_PAGES, (p) => moveUp(partQuads, turnQuads, (i) => `key${p}_${i}`))}
   }
   workgroupBarrier();
+  let slot_row = slot / 16u;
+  let slot_quad = slot / 4u % 4u;
   ${
     times(heads, (h) =>
       times(SPLIT_PAGES, (p) =>
-        `exchange[${h}][part][${p * PAGE_TOKENS / 4}u + slot / 4u][slot % 4u] = score${
+        `exchange[${h}][part][slot_row + ${p * PAGE_TOKENS / 16}u][slot_quad][slot % 4u] = score${
           p * heads + h
         };`))
   }
   workgroupBarrier();`;
 }
 
-/** The softmax of each head. A lane has every so many of its positions. */
-function shareSoftmax(tile: Tiling): string {
-  const { lanes, heads, headLanes, scores: { parts }, values } = tile;
-  const { sets, setHeads, vectors, runTokens } = values;
-  const mine = SPLIT_TOKENS / headLanes;
-  const all = heads * headLanes === lanes;
-  const ofHeads = (code: string) => all ? `{ ${code} }` : `if (head < TILE) { ${code} }`;
-  const score = (i: number) => (part: number) =>
-    `exchange[head][${part}][position${i} / 4u][position${i} % 4u]`;
+/** The softmax of each head: a lane has 4 positions. */
+function shareSoftmax({ lanes, heads, scores: { parts }, values }: Tiling): string {
+  const { setHeads, vectors } = values;
+  const ofHeads = (code: string) =>
+    heads * SCORE_QUADS === lanes ? `{ ${code} }` : `if (head < TILE) { ${code} }`;
   const width = Math.min(4, setHeads);
-  const [far, near] = runTokens > SCORE_QUADS
-    ? [` + at / ${SCORE_QUADS}u * ${sets * vectors}u`, ` % ${SCORE_QUADS}u`]
-    : ["", ""];
   return `
-  let head = lane / HEAD_LANES;
-  let head_lane = lane % HEAD_LANES;
-  ${
-    times(mine, (i) =>
-      `let position${i} = head_lane + ${i}u * HEAD_LANES;
-  var scored${i} = LOWEST;`)
-  }
+  let head = lane / SCORE_QUADS;
+  let head_lane = lane % SCORE_QUADS;
+  let score_row = head_lane / 4u;
+  let score_quad = head_lane % 4u;
+  var scored = vec4<f32>(LOWEST);
   ${
     ofHeads(`
-    ${
-      times(
-        mine,
-        (i) => `scored${i} = select(LOWEST, ${pairwise(parts, score(i))}, position${i} < length);`,
-      )
-    }
-    var largest = scored0;
-    ${times(mine - 1, (i) => `largest = max(largest, scored${i + 1});`)}
-    maxima[head][head_lane / 4u][head_lane % 4u] = largest;
+    let there = vec4<u32>(4u * head_lane) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(length);
+    scored = select(
+      scored,
+      ${pairwise(parts, (part) => `exchange[head][${part}][score_row][score_quad]`)},
+      there,
+    );
+    maxima[head][score_row][score_quad] =
+      max(max(scored.x, scored.y), max(scored.z, scored.w));
   `)
   }
   workgroupBarrier();
@@ -328,61 +344,93 @@ function shareSoftmax(tile: Tiling): string {
   ${
     ofHeads(`
     var largest = maxima[head][0];
-    ${times(headLanes / 4 - 1, (i) => `largest = max(largest, maxima[head][${i + 1}]);`)}
+    ${times(SCORE_ROWS - 1, (i) => `largest = max(largest, maxima[head][${i + 1}]);`)}
     maximum = max(max(largest.x, largest.y), max(largest.z, largest.w));
+    // The first position is always there, so what is not weighs exp of about LOWEST, which is 0.
+    let weight = exp(scored - maximum);
     let vector = head / ${setHeads}u * ${vectors}u + head % ${setHeads}u / ${width}u;
-    var sum = 0.0;
     ${
-      times(mine, (i) =>
-        `{
-      let weight = select(0.0, exp(scored${i} - maximum), position${i} < length);
-      let at = position${i} % ${runTokens}u;
-      exchange[vector${far}][position${i} / ${runTokens}u][at${near}][head % ${width}u] = weight;
-      sum += weight;
-    }`)
+      times(4, (i) =>
+        `exchange[vector][${i}][score_row][score_quad][head % ${width}u] = weight[${i}];`)
     }
-    sums[head][head_lane / 4u][head_lane % 4u] = sum;
+    sums[head][score_row][score_quad] = (weight.x + weight.y) + (weight.z + weight.w);
   `)
   }
   workgroupBarrier();`;
 }
 
-/** The weighted values of each run, then the runs put together: the upper half's to the lower. */
+/** The weighted values of each run, as far as positions are there. */
 function weighValues({ values }: Tiling): string {
-  const { sets, setHeads, vectors, runs, runTokens } = values;
+  const { sets, setHeads, vectors, runTokens } = values;
   const width = Math.min(4, setHeads);
   const set = sets > 1 ? `value_set * ${vectors}u + ` : "";
-  const weights = (i: number, v: number) =>
-    `exchange[${set}${v + Math.floor(i / SCORE_QUADS) * sets * vectors}u][weight_run][${
-      i % SCORE_QUADS
-    }]`;
   return `
   ${times(setHeads, (h) => `var weighted${h} = vec4<f32>();`, " ")}
-  ${
-    times(runTokens, (i) =>
-      `{
-    let value = vec4<f32>(value${i});
-    ${times(vectors, (v) => `let weights${v} = ${weights(i, v)};`)}
+  let first_position_quad = run_start / 4u;
+  let position_quads = min(first_position_quad + ${runTokens / 4}u, (length + 3u) / 4u);
+  for (var at = first_position_quad; at < position_quads; at++) {
+    let weight_row = at / 4u;
+    let weight_quad = at % 4u;
     ${
+    times(4, (i) =>
+      `{
+      let value = widen(value${i});
+      ${
+        times(
+          vectors,
+          (v) => `let weights${v} = exchange[${set}${v}u][${i}][weight_row][weight_quad];`,
+        )
+      }
+      ${
         times(setHeads, (h) =>
           `weighted${h} += weights${Math.floor(h / width)}.${"xyzw"[h % width]} * value;`)
       }
-  }`)
+    }`)
   }
+    ${moveUp(runTokens, 4, (i) => `value${i}`)}
+  }`;
+}
+
+/** The runs' weighted values summed, some heads at a time, each by another run's lanes, and written. */
+function joinRuns({ lanes, scores: { parts }, values }: Tiling, quads: number): string {
+  const { sets, setHeads, runs, together } = values;
+  const slices = lanes / (parts * SCORE_QUADS); // of a head's vectors, a slice for each `high`
+  const width = sets * quads / SCORE_QUADS;
+  const rows = Number.isInteger(width) && parts % width === 0;
+  /** A head's vector of a run's lane: its indices are shared by runs where these are whole rows. */
+  const place = (head: string, run: number) => {
+    const [slice, part, at] = rows
+      ? [
+        `${Math.floor(run * width / parts)}u`,
+        `value_lane / SCORE_QUADS + ${run * width % parts}u`,
+        "value_lane",
+      ]
+      : [
+        `(value_lane + ${run * sets * quads}u) / ${parts * SCORE_QUADS}u`,
+        `(value_lane + ${run * sets * quads}u) / SCORE_QUADS % ${parts}u`,
+        `(value_lane + ${run * sets * quads}u)`,
+      ];
+    return `exchange[${head} * ${slices}u + ${slice}][${part}][${at} / 4u % ${SCORE_ROWS}u][${at} % 4u]`;
+  };
+  return times(setHeads / together, (round) =>
+    `workgroupBarrier();
+  ${
+      times(together, (h) =>
+        `exchange[${h * slices}u + lane / ${parts * SCORE_QUADS}u]` +
+        `[lane / SCORE_QUADS % ${parts}u][lane / 4u % ${SCORE_ROWS}u][lane % 4u] = weighted${
+          round * together + h
+        };`)
+    }
   workgroupBarrier();
   ${
-    [2, 1].filter((half) => 2 * half <= runs).map((half) => {
-      const at = (run: string) => `(${run}) % ${runs / 2}u * ${sets}u * QUADS + value_lane`;
-      const place = (h: number) => `exchange[${h}][at / ${SCORE_QUADS}u][at % ${SCORE_QUADS}u]`;
-      return `if (run >= ${half}u && run < ${2 * half}u) {
-    let at = ${at("run")};
-    ${times(setHeads, (h) => `${place(h)} = weighted${h};`)}
-  }
-  workgroupBarrier();
-  if (run < ${half}u) {
-    let at = ${at(`run + ${half}u`)};
-    ${times(setHeads, (h) => `weighted${h} += ${place(h)};`)}
-  }`;
-    }).join("\n  ")
-  }`;
+      times(Math.ceil(together / runs), (turn) =>
+        `{
+    let joined_head = run + ${turn * runs}u;
+    let target_head = value_set * ${setHeads}u + ${round * together}u + joined_head;
+    if (joined_head < ${together}u && run < ${runs}u && target_head < heads_here) {
+      partials[base + target_head * (1u + QUADS) + 1u + quad] =
+        ${pairwise(runs, (r) => place("joined_head", r))};
+    }
+  }`)
+    }`);
 }

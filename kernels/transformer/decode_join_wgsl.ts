@@ -9,8 +9,8 @@ import { transformerWgsl } from "./inputs.ts";
 import type { HeadShape } from "./kv_layout.ts";
 
 const LANES = 128;
-/** Splits of a lane that are under way together: at first, and once the row says how many there are. */
-const AHEAD = { first: 4, later: 8 };
+/** Splits of a lane that are under way together. */
+const AHEAD = 4;
 
 /** Parts of the splits that a workgroup takes side by side, a lane of each per 4 dimensions. */
 function joinParts(quads: number): number {
@@ -19,9 +19,10 @@ function joinParts(quads: number): number {
 
 /**
  * The kernel's code; dispatched over (heads, rows). Each part takes every so many splits, in order,
- * with a running softmax (Milakov and Gimelshein 2018); then the parts are joined, in order. The first
- * splits are asked for before the row says how many there are: what lies past the last one weighs
- * nothing.
+ * with a running softmax (Milakov and Gimelshein 2018); then the parts are joined, in order. Splits are
+ * asked for without regard to how many the row says there are, so that the first ones do not wait for
+ * it; what lies past the last one is left out. All turns share one piece of code, which a layer waits
+ * for as it does for data.
  */
 export function decodeJoinWgsl(shape: HeadShape, place: BatchPlace): string {
   const quads = shape.paddedDim / 4;
@@ -60,13 +61,33 @@ fn main(
   var maximum = LOWEST;
   var sum = 0.0;
   var weighted = vec4<f32>();
-  {
-    let split = part;
-    ${turn(AHEAD.first, (u) => `(split + ${u}u * PARTS)`)}
+  var split = part;
+  loop {
+    ${
+    times(AHEAD, (u) =>
+      `let at${u} = base + (split + ${u}u * PARTS) * stride;
+    let softmax${u} = partials[at${u}].xy;
+    let value${u} = partials[at${u} + 1u + quad];`)
   }
-  // Past the last split the last one is read again, which costs little.
-  for (var split = part + ${AHEAD.first}u * PARTS; split - part < splits; split += ${AHEAD.later}u * PARTS) {
-    ${turn(AHEAD.later, (u) => `min(split + ${u}u * PARTS, splits - 1u)`)}
+    ${times(AHEAD, (u) => `let there${u} = split + ${u}u * PARTS < splits;`)}
+    var raised = maximum;
+    ${times(AHEAD, (u) => `raised = max(raised, select(LOWEST, softmax${u}.x, there${u}));`)}
+    let shrink = exp(maximum - raised);
+    maximum = raised;
+    sum *= shrink;
+    weighted *= shrink;
+    ${
+    times(AHEAD, (u) =>
+      `if (there${u}) {
+      let share = exp(softmax${u}.x - raised);
+      sum += share * softmax${u}.y;
+      weighted += share * value${u};
+    }`)
+  }
+    split += ${AHEAD}u * PARTS;
+    if (split - part >= splits) {
+      break;
+    }
   }
   if (quad == 0u) {
     part_softmax[part] = vec2<f32>(maximum, sum);
@@ -89,7 +110,7 @@ fn main(
     joined += share * part_weighted[${p}][quad];
   }`)
   }
-  let result = joined / total;
+  let result = joined * (1.0 / total);
   ${
     whole
       ? "attended[(row * HEADS + head) * QUADS + quad] = to_f16x4(result);"
@@ -102,31 +123,4 @@ fn main(
   }
 }
 `);
-}
-
-/** `ahead` splits of a part joined to those before them. */
-function turn(ahead: number, read: (u: number) => string): string {
-  return `${
-    times(ahead, (u) =>
-      `let at${u} = base + ${read(u)} * stride;
-    let softmax${u} = partials[at${u}].xy;
-    let value${u} = partials[at${u} + 1u + quad];`)
-  }
-    ${
-    times(ahead, (u) =>
-      `let there${u} = split + ${u}u * PARTS < splits;
-    let maximum${u} = select(LOWEST, softmax${u}.x, there${u});`)
-  }
-    var raised = maximum;
-    ${times(ahead, (u) => `raised = max(raised, maximum${u});`)}
-    let shrink = exp(maximum - raised);
-    maximum = raised;
-    sum *= shrink;
-    weighted *= shrink;
-    ${
-    times(ahead, (u) =>
-      `let share${u} = exp(maximum${u} - raised);
-    sum += select(0.0, share${u} * softmax${u}.y, there${u});
-    weighted += select(vec4<f32>(), share${u} * value${u}, there${u});`)
-  }`;
 }
