@@ -6,8 +6,9 @@
 import type { Gpu } from "../gpu.ts";
 import type { Kernel, StepShape } from "../kernel.ts";
 import { prefillWgsl } from "./attention_wgsl.ts";
-import { decodeSplitWgsl, headTile, SPLIT_TOKENS } from "./decode_attention_wgsl.ts";
+import { decodeSplitWgsl } from "./decode_attention_wgsl.ts";
 import { decodeJoinWgsl } from "./decode_join_wgsl.ts";
+import { headTile, SPLIT_TOKENS } from "./decode_tiling.ts";
 import { Dispatch } from "./dispatch.ts";
 import type { StepInputs, TransformerShape } from "./inputs.ts";
 import type { HeadShape } from "./kv_layout.ts";

@@ -4,7 +4,8 @@
  * @module
  */
 import { times } from "./attention_wgsl.ts";
-import { type BatchPlace, batchWgsl, SPLIT_TOKENS } from "./decode_attention_wgsl.ts";
+import { type BatchPlace, batchWgsl } from "./decode_attention_wgsl.ts";
+import { SPLIT_TOKENS } from "./decode_tiling.ts";
 import { transformerWgsl } from "./inputs.ts";
 import type { HeadShape } from "./kv_layout.ts";
 
