@@ -9,6 +9,8 @@ import type { KernelTime } from "./kernel_times.ts";
 
 /** Steps before the measured ones: drivers compile at first use, clocks rise under load. */
 export const WARM_UP_STEPS = 12;
+/** So long they take at least where a GPU may still have the low clocks of loading, ms. */
+export const WARM_UP_MS = 400;
 
 /** Times of one step, ms. */
 export interface StepSample {

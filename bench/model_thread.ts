@@ -12,7 +12,7 @@ import { modelRunner, type StageRunner } from "../worker/mod.ts";
 import { runFrame } from "../worker/step_crossing.ts";
 import { serveThread } from "../worker/thread.ts";
 import { timeKernels } from "./kernel_times.ts";
-import { type ModelCalls, type StepSample, WARM_UP_STEPS } from "./model_calls.ts";
+import { type ModelCalls, type StepSample, WARM_UP_MS, WARM_UP_STEPS } from "./model_calls.ts";
 import { StageBatches } from "./stage_batches.ts";
 import { syntheticMatrices, syntheticTensors } from "./synthetic_model.ts";
 
@@ -50,14 +50,18 @@ const mailbox = serveThread<ModelCalls>({
     const { runner, batches } = loaded;
     const hidden = batches.hidden(rows);
     const samples: StepSample[] = [];
-    const warmUp = kind === "decode" ? WARM_UP_STEPS : 1;
+    const make = (step: number) =>
+      kind === "decode" ? batches.decode(rows, context + step) : batches.prefill(rows);
     // Made beforehand: a worker's come as frames, and what is between two steps is measured.
-    const all = Array.from(
-      { length: warmUp + steps },
-      (_, step) => kind === "decode" ? batches.decode(rows, context + step) : batches.prefill(rows),
-    );
-    let endedMs = performance.now();
-    for (const batch of all) {
+    const measured = Array.from({ length: steps }, (_, step) => make(step));
+    const warmUp = kind === "decode" ? WARM_UP_STEPS : 1;
+    const beganMs = performance.now();
+    let endedMs = beganMs;
+    for (let step = 0; step < warmUp || endedMs - beganMs < WARM_UP_MS; step++) {
+      await runner.run(make(0), hidden);
+      endedMs = performance.now();
+    }
+    for (const batch of measured) {
       const beganMs = performance.now();
       const running = runner.run(batch, hidden);
       const encodeMs = performance.now() - beganMs;
@@ -66,7 +70,7 @@ const mailbox = serveThread<ModelCalls>({
       samples.push({ stepMs: nowMs - endedMs, gpuMs, encodeMs, readbackMs, idleMs: gpuIdleMs });
       endedMs = nowMs;
     }
-    return samples.slice(warmUp);
+    return samples;
   },
 
   async profile({ rows, context }) {

@@ -137,7 +137,7 @@ export function dequantizeKernel(
     turnPositions: turnPositions(format, order, turnK),
     // Sixteen rows' sums leave no registers for it.
     prefetch: variant.prefetch ?? (!whole && batch < 16),
-    gatherQuads: batch < TALL_BATCH ? 4 : FLOAT16_PAIR_K / 4,
+    gatherQuads: batch === 4 ? 2 : batch < 16 ? 4 : FLOAT16_PAIR_K / 4,
     packed: hasPackedDot(),
   };
   if (whole) {
