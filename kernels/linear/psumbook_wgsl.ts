@@ -97,7 +97,12 @@ ${
   let split = workgroup.y;
   let first_turn = split * params.split_units * ${turns}u;
   let end = min((split + 1u) * params.split_units, params.units) * ${turns}u;
-${prefetch ? loadWords(kernel, "first_turn", (name) => `var next${name}`) : ""}
+${
+    prefetch
+      ? loadWords(kernel, "first_turn", (name) => `var next${name}`) + "\n" +
+        loadScales(kernel, "first_turn", (name) => `var next_scale${name}`)
+      : ""
+  }
   let team = lane / ${teamThreads}u;
   let entry = lane % ${teamThreads}u;
 ${loadCentroids(kernel)}
@@ -174,17 +179,27 @@ function turn(kernel: PsumbookKernel): string {
   const { format: { m }, turnPositions, prefetch, stageBooks } = kernel;
   const books = turnPositions * m;
   const parts = prefetch
-    ? [eachWord(kernel, (name) => `let w${name} = next${name};`)]
-    : [loadWords(kernel, "turn", (name) => `let w${name}`)];
-  parts.push(loadScales(kernel));
+    ? [
+      eachWord(kernel, (name) => `let w${name} = next${name};`),
+      eachScale(kernel, (name) => `let scale${name} = vec4<f32>(next_scale${name});`),
+    ]
+    : [
+      loadWords(kernel, "turn", (name) => `let w${name}`),
+      loadScales(kernel, "turn", (name) => `let half${name}`),
+      eachScale(kernel, (name) => `let scale${name} = vec4<f32>(half${name});`),
+    ];
   const stages = Math.ceil(books / stageBooks / 2) * 2;
   for (let stage = 0; stage < stages; stage++) {
     const from = Math.min(stage * stageBooks, books);
     const count = Math.min(stageBooks, books - from);
     parts.push("{", fillStage(kernel, stage % 2, from, count), "}");
     if (stage === 0 && prefetch) {
-      const next = loadWords(kernel, "next_turn", (name) => `next${name}`);
-      parts.push(`{ let next_turn = min(turn + 1u, end - 1u);`, next, "}");
+      parts.push(
+        "{ let next_turn = min(turn + 1u, end - 1u);",
+        loadWords(kernel, "next_turn", (name) => `next${name}`),
+        loadScales(kernel, "next_turn", (name) => `next_scale${name}`),
+        "}",
+      );
     }
     parts.push("workgroupBarrier();");
     for (let book = from; book < from + count; book++) {
@@ -318,18 +333,34 @@ function loadWords(
   );
 }
 
-/** Scales of the turn: `scale<segment>_<row quad>`. */
-function loadScales(kernel: PsumbookKernel): string {
-  const { turnPositions, rowsPerThread, order } = kernel;
+/** Calls `body` for each vector of a thread's scales in a turn: its name, its position, its rows. */
+function eachScale(
+  { turnPositions, rowsPerThread, order }: PsumbookKernel,
+  body: (name: string, position: number, t: number) => string,
+): string {
   const segment = gcd(turnPositions, order.scalePositions);
-  return times(turnPositions / segment, (s) =>
-    times(
-      rowsPerThread / 4,
-      (t) =>
-        `let scale${s}_${t} = vec4<f32>(scales[scales${t} + (turn * ${turnPositions}u + ${
-          s * segment
-        }u) / ${order.scalePositions}u * ${order.rowBlock / 4}u]);`,
-    ));
+  return times(
+    turnPositions / segment,
+    (s) => times(rowsPerThread / 4, (t) => body(`${s}_${t}`, s * segment, t)),
+  );
+}
+
+/** The scales of a turn, float16, into what `target` names. */
+function loadScales(
+  kernel: PsumbookKernel,
+  turn: string,
+  target: (name: string) => string,
+): string {
+  const { turnPositions, order } = kernel;
+  return eachScale(
+    kernel,
+    (name, position, t) =>
+      `${
+        target(name)
+      } = scales[scales${t} + (${turn} * ${turnPositions}u + ${position}u) / ${order.scalePositions}u * ${
+        order.rowBlock / 4
+      }u];`,
+  );
 }
 
 function scaleOf({ turnPositions, order }: PsumbookKernel, position: number, r: number): string {
