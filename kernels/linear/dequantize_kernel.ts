@@ -59,10 +59,8 @@ const SHARED_THREADS = 512;
 const FEW_SPLITS = 8;
 /** Four schedulers of 32 lanes each. */
 const THREAD_STEP = 128;
-/** Of the GPU that the shapes are made for; WebGPU does not tell. */
+/** Of the H200; WebGPU does not tell. */
 const MULTIPROCESSORS = 132;
-/** N from which on they fill a large GPU even so. */
-const TALL_N = 50_000;
 /** Threads along N of one split below which loads of code words are too short. */
 const MIN_LANES = 8;
 
@@ -137,7 +135,7 @@ export function dequantizeKernel(
     turnPositions: turnPositions(format, order, turnK),
     // Sixteen rows' sums leave no registers for it.
     prefetch: variant.prefetch ?? (!whole && batch < 16),
-    gatherQuads: batch === 4 ? 2 : batch < 16 ? 4 : FLOAT16_PAIR_K / 4,
+    gatherQuads: batch < 16 ? 4 : FLOAT16_PAIR_K / 4,
     packed: hasPackedDot(),
   };
   if (whole) {
@@ -191,8 +189,6 @@ function splitShape(
       THREAD_STEP,
       Math.ceil(SHARED_THREADS / Math.floor(SHARED_BYTES / bytes) / THREAD_STEP) * THREAD_STEP,
     )
-    : room.members.reduce((sum, n) => sum + n, 0) >= TALL_N
-    ? 896
     : SHARED_THREADS;
   const threads = Math.min(variant.codeThreads ?? wanted, room.maxThreads);
   const lanes = lanesOf(room, rowsPerThread, Math.max(1, Math.floor(threads / splits)));
