@@ -1,4 +1,5 @@
 import { assertEquals } from "@std/assert";
+import { defaultVariant } from "../kernels/mod.ts";
 import type { StepBatch } from "../shared/frames.ts";
 import type { StageSteps, Ticket } from "./stage_spec.ts";
 import { tinyConfig } from "./testing/random_model.ts";
@@ -26,25 +27,62 @@ function recorder(spec: Parameters<typeof warmUp>[1]) {
 }
 
 const LIMITS = { maxRows: 64, maxSequences: 17, maxOutputs: 4, pages: 32, contextTokens: 64 };
+const PROFILE = { version: 1, decode: "codegemm" as const };
 
-Deno.test("warm-up runs every decode batch size and prefill rows, within the stage's limits", async () => {
+/** The rows of the warm-up steps of a stage within `limits`. */
+async function warmedRows(limits: Partial<typeof LIMITS>, software: boolean) {
+  const spec = {
+    config: tinyConfig({}),
+    from: 0,
+    to: 1,
+    first: true,
+    last: true,
+    profile: PROFILE,
+    limits: { ...LIMITS, ...limits },
+  };
+  const { model, seen } = recorder(spec);
+  await warmUp(model, spec, software);
+  const counts = (rows: number[]) => rows.filter((count) => count > 0);
+  return {
+    decode: counts(seen.map(({ decode }) => decode)),
+    prefill: counts(seen.map(({ prefill }) => prefill)),
+  };
+}
+
+Deno.test("warm-up runs every decode batch and prefill tile, with as many outputs as have room", async () => {
   const config = tinyConfig({});
-  const profile = { version: 1, decode: "codegemm" as const };
   for (const [first, last] of [[true, true], [true, false], [false, false], [false, true]]) {
-    const spec = { config, from: 0, to: 1, first, last, profile, limits: LIMITS };
+    const spec = { config, from: 0, to: 1, first, last, profile: PROFILE, limits: LIMITS };
     const { model, seen } = recorder(spec);
-    await warmUp(model, spec);
-    assertEquals(seen.map(({ decode }) => decode), [1, 2, 4, 8, 16]);
-    assertEquals(seen.every(({ prefill }) => prefill === 1), true);
-    assertEquals(seen.map(({ requests }) => requests), last ? [2, 3, 4, 4, 4] : [0, 0, 0, 0, 0]);
+    await warmUp(model, spec, false);
+    assertEquals(seen.map(({ decode }) => decode), [1, 2, 4, 8, 16, 0, 0, 0]);
+    assertEquals(seen.map(({ prefill }) => prefill), [0, 0, 0, 0, 0, 1, 17, 33]);
+    assertEquals(
+      seen.map(({ requests }) => requests),
+      last ? [1, 2, 4, 4, 4, 1, 4, 4] : [0, 0, 0, 0, 0, 0, 0, 0],
+    );
+  }
+});
+
+Deno.test("no step that the limits allow runs a linear kernel that warm-up has not", async () => {
+  for (const software of [true, false]) {
+    const { batches, prefillTiles } = defaultVariant(software);
+    const batchOf = (rows: number) => batches.find((batch) => batch >= rows) ?? batches.at(-1)!;
+    const tileOf = (rows: number) =>
+      prefillTiles.find((tile) => tile.rows >= rows) ?? prefillTiles.at(-1)!;
+    for (const most of [1, 2, 3, 8, 9, 15, 16, 17, 40, 64]) {
+      const all = Array.from({ length: most }, (_, i) => i + 1);
+      const { decode, prefill } = await warmedRows({ maxRows: most, maxSequences: most }, software);
+      const sequences = all.filter((rows) => rows <= LIMITS.pages);
+      assertEquals(new Set(decode.map(batchOf)), new Set(sequences.map(batchOf)), `${most} decode`);
+      assertEquals(new Set(prefill.map(tileOf)), new Set(all.map(tileOf)), `${most} prefill`);
+    }
   }
 });
 
 Deno.test("warm-up keeps to the smallest limits there are", async () => {
   const limits = { maxRows: 1, maxSequences: 1, maxOutputs: 1, pages: 1, contextTokens: 1 };
-  const profile = { version: 1, decode: "codegemm" as const };
-  const spec = { config: tinyConfig({}), from: 0, to: 1, first: true, last: true, profile, limits };
-  const { model, seen } = recorder(spec);
-  await warmUp(model, spec);
-  assertEquals(seen, [{ decode: 0, prefill: 1, requests: 1 }]);
+  for (const software of [true, false]) {
+    assertEquals(await warmedRows(limits, software), { decode: [1], prefill: [1] });
+  }
 });

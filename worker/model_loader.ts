@@ -72,7 +72,7 @@ export class ModelLoader implements StageLoader<ReadablePart> {
     const spec = { ...untuned, variants: await this.#tuned(untuned, say) };
     const model = await StageModel.load(this.#gpu, spec, this.#weights, ({ what }) => say(what));
     try {
-      await warmUp(model, spec);
+      await warmUp(model, spec, this.#gpu.info.software);
     } catch (error) {
       model.destroy();
       throw error;
