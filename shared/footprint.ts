@@ -37,9 +37,9 @@ const SPLIT_K = 64;
 const SPLIT_TOKENS = LIMITS.pageTokens;
 /** Decode attention runs its rows in batches whose partial results stay under this, or one row. */
 const ATTENTION_SCRATCH_BYTES = 32 * 2 ** 20;
-/** Partial sums of decode rows stay under this, or eight rows. */
+/** Partial sums of decode rows stay under this, or sixteen rows: the most that a kernel takes at once. */
 const LINEAR_SCRATCH_BYTES = 64 * 2 ** 20;
-const LINEAR_SCRATCH_ROWS = 8;
+const LINEAR_SCRATCH_ROWS = 16;
 /** Sampling: bytes per output, and per output and chunk of its vocabulary. */
 const SAMPLING_OUTPUT_BYTES = 8 * 2 ** 10;
 const SAMPLING_CHUNK_BYTES = 256;
@@ -158,7 +158,13 @@ function linearPartials(config: ModelConfig, limits: StageLimits): number {
     return Math.min(all, Math.max(LINEAR_SCRATCH_BYTES, row * LINEAR_SCRATCH_ROWS));
   };
   const block = config.codegemm ? N_BLOCK : DENSE_N_BLOCK;
-  const shapes = LINEAR_NAMES.map((name) => linearShape(config, name));
+  const { heads, kvHeads, headDim, ffnSize, hiddenSize } = config;
+  // Queries, keys and values may run as one matrix, gate and up as another.
+  const stacks: [number, number][] = [
+    [(heads + 2 * kvHeads) * headDim, hiddenSize],
+    [2 * ffnSize, hiddenSize],
+  ];
+  const shapes = [...LINEAR_NAMES.map((name) => linearShape(config, name)), ...stacks];
   const head: [number, number] = [config.vocabSize, config.hiddenSize];
   return Math.max(
     ...shapes.map((shape) => bytes(shape, block, limits.maxRows)),

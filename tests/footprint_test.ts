@@ -1,6 +1,7 @@
 import { assert, assertLessOrEqual } from "@std/assert";
 import { Gpu } from "../kernels/gpu.ts";
 import { linearScratchBytes } from "../kernels/linear/mod.ts";
+import { codeOrder } from "../kernels/linear/order.ts";
 import { decodeScratchSize } from "../kernels/transformer/attention.ts";
 import { headShape } from "../kernels/transformer/kv_layout.ts";
 import { StageModel } from "../model/stage_model.ts";
@@ -88,5 +89,25 @@ Deno.test("scratch of an 8B and a 70B model covers what the kernels ask for, and
       assertLessOrEqual(asked, scratchBytes);
       assertLessOrEqual(scratchBytes, 1.6 * asked + LIMITS.maxShardBytes);
     }
+  }
+});
+
+Deno.test("partial sums of few rows, and of stacks of matrices, are counted in full", () => {
+  const codegemm = { m: 1, v: 4, g: 128, b: 8 };
+  // K so short that a row's partial sums are bounded by it, not by what fills a GPU.
+  const [hiddenSize, ffnSize, heads, kvHeads, headDim] = [1024, 6144, 8, 8, 128];
+  const config = tinyConfig({ hiddenSize, ffnSize, heads, kvHeads, headDim, codegemm });
+  const range = { from: 1, to: 2, first: false, last: false };
+  const stacks = [[1024, 1024, 1024], [ffnSize, ffnSize]];
+  for (const maxRows of [1, 9, 40]) {
+    const bounds = { ...limits, maxRows };
+    const partials = Math.max(...stacks.map((members) => {
+      const shape = [members.reduce((sum, n) => sum + n), hiddenSize] as const;
+      const order = codeOrder(shape, codegemm, undefined, members);
+      return linearScratchBytes(shape, codegemm, maxRows, order);
+    }));
+    const attention = decodeScratchSize(headShape(config), bounds).bytes;
+    const { scratchBytes } = stageFootprint(config, range, bounds);
+    assertLessOrEqual(partials + attention, scratchBytes - LIMITS.maxShardBytes, `${maxRows} rows`);
   }
 });
