@@ -46,6 +46,7 @@ Deno.test("of remembered choices, only those that could be made today count", ()
     a: { byBatch: { 1: { prefetch: true }, 8: { turnK: 64 } } },
     b: {},
     b2: { batches: [1, 4] },
+    b5: { batches: [1, 16], byBatch: { 16: { turnK: 64 } } },
     b3: { batches: [3] },
     b4: { batches: [8] },
     c: { byBatch: { 1: { turnK: 7 } } },
@@ -57,6 +58,7 @@ Deno.test("of remembered choices, only those that could be made today count", ()
     ["a", { byBatch: { 1: { prefetch: true }, 8: { turnK: 64 } } }],
     ["b", {}],
     ["b2", { batches: [1, 4] }],
+    ["b5", { batches: [1, 16], byBatch: { 16: { turnK: 64 } } }],
   ]);
 });
 

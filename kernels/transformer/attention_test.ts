@@ -185,6 +185,13 @@ for (const [heads, kvHeads, headDim] of SHAPES) {
       assertClose(row(second, 1), rig.expected(0, 36), "decode 0/36");
       assertClose(row(second, 2), rig.expected(1, 3), "decode 1/3");
       assertClose(row(second, 23), rig.expected(1, 24), "prefill 1/24");
+      // Both ends of pages, and of splits.
+      await run(batchOf(sequences, span(0, 37, 65), 0));
+      const ends = [31, 32, 63, 64];
+      const third = await run(batchOf(sequences, ends.map((at) => [0, at]), ends.length));
+      for (const [r, at] of ends.entries()) {
+        assertClose(row(third, r), rig.expected(0, at), `decode 0/${at}`);
+      }
     }));
 }
 
