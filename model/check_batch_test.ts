@@ -50,6 +50,9 @@ const BAD: Record<string, [change: (batch: StepBatch) => void, says: string]> = 
   "a page that does not exist": [(batch) => {
     batch.sequences[0].pages[1] = 8;
   }, "page 8 is not below 8"],
+  "a first page that does not exist": [(batch) => {
+    batch.sequences[1].pages[0] = 2 ** 32 - 1;
+  }, "page 4294967295 is not below 8"],
   "a page table longer than the context": [(batch) => {
     batch.sequences[1].pages = new Uint32Array(4);
   }, "4 pages of a sequence, at most 3"],

@@ -2,7 +2,12 @@ import { assert, assertAlmostEquals, assertEquals } from "@std/assert";
 import type { StepBatch } from "../../shared/frames.ts";
 import { gaussian, randomInt, seededRandom } from "../../shared/random.ts";
 import { Gpu } from "../gpu.ts";
-import { createDecodeAttention, createDecodeScratch, createPrefillAttention } from "./attention.ts";
+import {
+  createDecodeAttention,
+  createDecodeBatches,
+  createDecodeScratch,
+  createPrefillAttention,
+} from "./attention.ts";
 import { tileRows } from "./attention_wgsl.ts";
 import { decodeJoinWgsl } from "./decode_join_wgsl.ts";
 import { SPLIT_TOKENS } from "./decode_tiling.ts";
@@ -161,6 +166,7 @@ const SHAPES: [heads: number, kvHeads: number, headDim: number][] = [
   [5, 1, 80],
   [2, 1, 96],
   [12, 1, 128],
+  [5, 1, 192],
   [2, 2, 256],
   [6, 1, 252],
   [1, 1, 512],
@@ -246,9 +252,41 @@ Deno.test("decode rows of uneven contexts agree with the reference, and their bi
     }
   }));
 
+Deno.test("every decode row of a step is in one batch, none beside", () =>
+  withGpu(async (gpu) => {
+    const rig = new Rig(4, 2, 16, 7);
+    const inputs = new StepBuffers(gpu, LIMITS, tileRows(rig.shape));
+    const buffer = gpu.storage("rows, pages and results", 1024);
+    const scratch = createDecodeScratch(gpu, rig.shape, LIMITS, 3 * 11 * 4 * 20 * 4);
+    const batches = await createDecodeBatches({
+      ...{ gpu, inputs, shape: rig.shape, scratch },
+      ...{ qkv: buffer, keys: buffer, values: buffer, attended: buffer },
+    });
+    const dispatched: number[][] = [];
+    const pass = {
+      setPipeline() {},
+      setBindGroup() {},
+      dispatchWorkgroups: (...counts: number[]) => void dispatched.push(counts),
+    } as unknown as GPUComputePassEncoder;
+    const rowsOf = (decodeRows: number, contextTokens: number) => {
+      dispatched.length = 0;
+      const step = { decodeRows, rows: decodeRows + 3, outputs: 0, contextTokens };
+      for (const { split, join } of batches) [split, join].forEach((k) => k.encode(pass, step));
+      const [splits, joins] = [0, 1].map((half) => dispatched.filter((_, i) => i % 2 === half));
+      assertEquals(splits.map(([, , rows]) => rows), joins.map(([, rows]) => rows));
+      return joins.map(([, rows]) => rows);
+    };
+    assertEquals(rowsOf(0, 700), []);
+    assertEquals(rowsOf(2, 700), [2]);
+    assertEquals(rowsOf(7, 700), [3, 3, 1]);
+    assertEquals(rowsOf(7, 320), [6, 1]);
+    assertEquals(rowsOf(40, 64), [33, 7]);
+    assertEquals(rowsOf(40, 700).reduce((sum, rows) => sum + rows), 40);
+  }));
+
 Deno.test("what a page holds past a decode row's position changes none of its bits", () =>
   withGpu(async (gpu) => {
-    const rig = new Rig(8, 2, 32, 17);
+    const rig = new Rig(8, 2, 40, 17); // parts of the dimensions reach past the last one
     const bits: Uint16Array[] = [];
     for (const past of [0, 0xff]) { // 0xffff is not a number
       const run = await createLayer(gpu, rig, undefined, past);
@@ -259,7 +297,7 @@ Deno.test("what a page holds past a decode row's position changes none of its bi
       }
     }
     assertEquals(bits.slice(3), bits.slice(0, 3));
-    assertClose(bits[5].subarray(35 * 256), rig.expected(0, 72), "decode");
+    assertClose(bits[5].subarray(35 * 320), rig.expected(0, 72), "decode");
   }));
 
 Deno.test("splits are joined whatever their number, past which anything may lie", () =>

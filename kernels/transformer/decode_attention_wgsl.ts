@@ -196,7 +196,7 @@ function askValues({ values: { sets, runs, runTokens } }: Tiling, quads: number)
   let run_start = min(run, ${runs - 1}u) * ${runTokens}u;
   let value_page = min(run_start / PAGE_TOKENS, last_page);
   let first_slot = run_start % PAGE_TOKENS;
-  let last_slot = min(length - 1u - value_page * PAGE_TOKENS, PAGE_TOKENS - 1u);
+  let last_slot = length - 1u - value_page * PAGE_TOKENS; // of that page or a later one
   let value_at = (select(page0, page1, value_page > 0u) * KV_HEADS + kv_head) * PAGE_TOKENS * QUADS + quad;
   ${
     times(

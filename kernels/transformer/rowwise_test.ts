@@ -122,27 +122,30 @@ Deno.test("RMSNorm of all rows and of the gathered output rows agrees with the r
 Deno.test("SwiGLU agrees with the reference and stays finite at the ends of the range", () =>
   withGpu(async (gpu) => {
     const random = seededRandom(3);
-    const width = 172, rows = 3;
-    const gateUp = normals(random, rows * 2 * width, 4);
-    gateUp.set([1e4, -1e4, 3e4, -120, 0], 0);
-    gateUp.set([1e4, 1e4, -3e4, 5, 7], width);
-    const inputs = new StepBuffers(gpu, LIMITS, 16);
-    const gated = gpu.storage("gated", rows * width * 2);
-    const kernel = await createSwiGlu({
-      gpu,
-      inputs,
-      width,
-      gateUp: gpu.upload("gate up", gateUp),
-      gated,
-    });
-    run(gpu, kernel, inputs.write(batchOf([0, 0, 0])));
-    const out = new Float16Array(await gpu.read(gated, rows * width * 2));
-    const expected = Array.from({ length: rows * width }, (_, i) => {
-      const at = Math.floor(i / width) * 2 * width + i % width;
-      return swigluReference(gateUp[at], gateUp[at + width]);
-    });
-    assertF16Close(out, expected);
-    assertEquals([out[0], out[2]], [65504, -65504]);
+    const rows = 3;
+    for (const width of [172, 139]) { // by fours, and one by one
+      const gateUp = normals(random, rows * 2 * width, 4);
+      gateUp.set([1e4, -1e4, 3e4, -120, 0], 0);
+      gateUp.set([1e4, 1e4, -3e4, 5, 7], width);
+      const inputs = new StepBuffers(gpu, LIMITS, 16);
+      const gated = gpu.storage("gated", (rows + 1) * width * 2);
+      const kernel = await createSwiGlu({
+        gpu,
+        inputs,
+        width,
+        gateUp: gpu.upload("gate up", gateUp),
+        gated,
+      });
+      run(gpu, kernel, inputs.write(batchOf([0, 0, 0])));
+      const out = new Float16Array(await gpu.read(gated, (rows + 1) * width * 2));
+      const expected = Array.from({ length: rows * width }, (_, i) => {
+        const at = Math.floor(i / width) * 2 * width + i % width;
+        return swigluReference(gateUp[at], gateUp[at + width]);
+      });
+      assertF16Close(out.subarray(0, rows * width), expected);
+      assertEquals([out[0], out[2]], [65504, -65504]);
+      assert(out.subarray(rows * width).every((value) => value === 0), "past the last row");
+    }
   }));
 
 Deno.test("rows that were rounded to float16 pass from stage to stage unchanged", () =>
