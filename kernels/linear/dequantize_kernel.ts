@@ -6,7 +6,7 @@
 import { type CodeGemmFormat, codesPerWord } from "../../shared/model_config.ts";
 import { hasPackedDot } from "./code_words_wgsl.ts";
 import type { CodeOrder } from "./order.ts";
-import { FLOAT16_PAIR_K, gcd, largestDivisor, lcm } from "./order.ts";
+import { FLOAT16_PAIR_K, gcd, largestDivisor, lcm, roundUp } from "./order.ts";
 import type { DecodeChoice, Variant } from "./variant.ts";
 import type { Batch } from "./wgsl.ts";
 
@@ -29,7 +29,10 @@ export interface DequantizeKernel {
   prefetch: boolean;
   /** Turns of a split whose activations stand in workgroup memory at a time; 0: none ever do. */
   inputTurns: number;
-  /** Fours of K whose centroids a thread gathers before it multiplies: fewer, fewer registers. */
+  /**
+   * Fours of K whose centroids a thread gathers before it multiplies: registers beside its sums. With
+   * fewer than are summed in float16, those sums stay in registers from one gather to the next.
+   */
   gatherQuads: number;
   /** How often each centroid stands in workgroup memory, a power of two. */
   copies: number;
@@ -45,7 +48,9 @@ const FEW_COPIES = 4;
 const SPLIT_BATCH = 4;
 /** From this batch on what counts is products: threads are many, and gathers may take longer. */
 const TALL_BATCH = 8;
-/** K whose activations a workgroup holds at a time, of batches that split K. */
+/** From this batch on float32 sums leave registers neither for float16 ones nor for a turn ahead. */
+const MANY_SUMS_BATCH = 16;
+/** K whose activations a workgroup holds at a time, of batches that split K; and of tall ones. */
 const LOCAL_K = 1024;
 const TALL_LOCAL_K = 128;
 /**
@@ -133,9 +138,8 @@ export function dequantizeKernel(
     order,
     batch,
     turnPositions: turnPositions(format, order, turnK),
-    // Sixteen rows' sums leave no registers for it.
-    prefetch: variant.prefetch ?? (!whole && batch < 16),
-    gatherQuads: batch < 16 ? 4 : FLOAT16_PAIR_K / 4,
+    prefetch: variant.prefetch ?? (!whole && batch < MANY_SUMS_BATCH),
+    gatherQuads: batch < MANY_SUMS_BATCH ? 4 : FLOAT16_PAIR_K / 4,
     packed: hasPackedDot(),
   };
   if (whole) {
@@ -180,16 +184,12 @@ function splitShape(
   const splits = tall ? 1 : largestDivisor(order.dequantize.splits, most, 1);
   const inputTurns = Math.max(
     1,
-    Math.floor(Math.min(splitK, tall ? TALL_LOCAL_K : splitK) / turnK),
+    Math.floor(Math.min(splitK, tall ? TALL_LOCAL_K : LOCAL_K) / turnK),
   );
   const copies = tall ? FEW_COPIES : MAX_COPIES;
   const bytes = format.m * 256 * format.v * 2 * copies + inputTurns * turnK * 2 * batch;
-  const wanted = tall
-    ? Math.max(
-      THREAD_STEP,
-      Math.ceil(SHARED_THREADS / Math.floor(SHARED_BYTES / bytes) / THREAD_STEP) * THREAD_STEP,
-    )
-    : SHARED_THREADS;
+  const atOnce = tall ? Math.max(1, Math.floor(SHARED_BYTES / bytes)) : 1;
+  const wanted = roundUp(Math.ceil(SHARED_THREADS / atOnce), THREAD_STEP);
   const threads = Math.min(variant.codeThreads ?? wanted, room.maxThreads);
   const lanes = lanesOf(room, rowsPerThread, Math.max(1, Math.floor(threads / splits)));
   return { splits, rowsPerThread, lanes, inputTurns, copies };

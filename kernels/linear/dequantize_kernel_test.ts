@@ -103,6 +103,27 @@ Deno.test("of Llama-3 70B's q | k | v, one and two rows' workgroups have whole h
   assert(whole > 0);
 });
 
+Deno.test("a workgroup holds no more activations, and has no more threads, than leave room for others", () => {
+  const room = { members: [16384], bindingRows: 16384, ...ROOMS[0] };
+  // Splits far longer than a workgroup holds activations of.
+  const format = formatOf("m1v4g128");
+  const order = codeOrder([16384, 65536], format);
+  const heldK = BATCHES.filter((batch) => batch >= 4).map((batch) => {
+    const kernel = dequantizeKernel(format, order, batch, GPU_VARIANT, room)!;
+    return kernel.splits * kernel.inputTurns * kernel.turnPositions * format.v;
+  });
+  assertEquals(heldK, [1024, 128, 128]);
+  // Tables that leave room for a single workgroup.
+  for (const name of ["m4v8g128", "m1v32g128"]) {
+    const format = formatOf(name);
+    const order = codeOrder([16384, 8192], format);
+    for (const batch of [8, 16] as const) {
+      const kernel = dequantizeKernel(format, order, batch, GPU_VARIANT, room)!;
+      assertEquals(dequantizeThreads(kernel), 512, `${name} x${batch}`);
+    }
+  }
+});
+
 Deno.test("codes and vectors that the kernel is not for have none", () => {
   for (const name of ["m1v8b16", "m1v4g128b12", "m2v6g12", "m1v2g128"]) {
     const format = formatOf(name);
@@ -162,6 +183,32 @@ Deno.test("whole sums and partial ones have the same bits, and follow the refere
     for (const batch of [2, 4, 8, 16] as const) {
       const y = await decode(gpu, { shape, name, batch });
       assertEquals(new Uint32Array(y.buffer), new Uint32Array(alone.buffer), `x${batch}`);
+    }
+  } finally {
+    gpu.close();
+  }
+});
+
+Deno.test("vectors of any length and many codebooks have the same bits in every batch, and follow the reference", async () => {
+  const gpu = await Gpu.open({ software: true });
+  try {
+    // Groups that end within 32 of K, vectors that are closed in between, codebooks that are added.
+    const cases: [name: string, shape: MatrixShape, batches: Batch[]][] = [
+      ["m3v12g48", [41, 240], [4]],
+      ["m1v20g20", [13, 160], [4]],
+      ["m1v36g36", [9, 144], []],
+    ];
+    for (const [name, shape, batches] of cases) {
+      const format = formatOf(name);
+      const codes = await readCodeTensors(randomTensors("w", shape, format, 9), "w", shape, format);
+      const x = randomActivations(3 * shape[1], 4).subarray(0, shape[1]);
+      const expected = dequantizeProduct(codes, codeOrder(shape, format), x);
+      const alone = await decode(gpu, { shape, name, batch: 1 });
+      expected.forEach((value, i) => assertAlmostEquals(alone[i], value, 4e-3, `${name} ${i}`));
+      for (const batch of batches) {
+        const y = await decode(gpu, { shape, name, batch });
+        assertEquals(new Uint32Array(y.buffer), new Uint32Array(alone.buffer), `${name} x${batch}`);
+      }
     }
   } finally {
     gpu.close();
