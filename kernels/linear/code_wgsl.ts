@@ -14,8 +14,8 @@
  * in float16; groups then with their scale in float32, through a split of K; splits as `reduce_wgsl.ts`
  * says. Products are summed in two chains, of the even and of the odd elements: those of a vector in the
  * `codegemm` family, whose chains are then added and make one chain by position and by codebook; those
- * of the group in the `dequantize` family, whose chains are added in float32. `psumbook_wgsl.ts` and `dequantize_wgsl.ts` have the same
- * orders.
+ * of the group in the `dequantize` family, whose chains are added in float32. `psumbook_wgsl.ts` and
+ * `dequantize_wgsl.ts` have the same orders.
  *
  * @module
  */

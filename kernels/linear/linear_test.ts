@@ -8,7 +8,7 @@ import { STEP_BYTES } from "../kernel.ts";
 import { linearScratchBytes } from "./binding.ts";
 import { createLinear } from "./linear.ts";
 import { loadMatrix } from "./matrix.ts";
-import { DENSE_TILE_K } from "./order.ts";
+import { codeOrder, DENSE_TILE_K, denseOrder } from "./order.ts";
 import { prefillGroupK, prefillSplits } from "./prefill_tile.ts";
 import { randomTensors } from "./random_tensors.ts";
 import {
@@ -407,7 +407,7 @@ Deno.test("a matrix larger than a binding is split into row blocks, with the sam
 Deno.test("a small scratch takes more dispatches and gives the same bits", () =>
   withGpu(async (gpu) => {
     const of = await makeCase(gpu, [40, 256], "m1v4g32");
-    const row = linearScratchBytes(of.shape, of.format, 8) / 8;
+    const row = linearScratchBytes(of.shape, of.format, 16) / 16;
     const run = (scratchBytes?: number) =>
       runLinear(gpu, {
         matrix: of.matrix,
@@ -419,6 +419,44 @@ Deno.test("a small scratch takes more dispatches and gives the same bits", () =>
       });
     const plenty = await run();
     for (const rows of [1, 3, 8, 17]) assertEquals(await run(rows * row), plenty);
+  }));
+
+Deno.test("steps of any number of rows, in any chunks, have the bits of rows alone", () =>
+  withGpu(async (gpu) => {
+    // More rows than the scratch holds, and numbers of them that take other kernels than the largest.
+    for (const text of ["dense", "m1v4g64"]) {
+      const of = await makeCase(gpu, [72, 1024], text);
+      const [n, k] = of.shape;
+      const most = 41;
+      const x = bitsOf(randomActivations(most * k, 8));
+      const { splits, rowBlock } = of.format === null
+        ? denseOrder(of.shape)
+        : codeOrder(of.shape, of.format).dequantize;
+      assert(splits > 1);
+      const run = (rows: number, batches: Variant["batches"], scratchRows: number) =>
+        runLinear(gpu, {
+          matrix: of.matrix,
+          x,
+          shape: stepShape(rows),
+          ranges: ["decode"],
+          profile: "dequantize",
+          scratchBytes: scratchRows * splits * rowBlock * 4,
+          variant: { ...defaultVariant(false), batches, decode: { turnK: 16 } },
+        });
+      const alone = await run(most, [1], most);
+      const follows = async (
+        rows: number,
+        scratchRows: number,
+        batches: Variant["batches"] = BATCHES,
+      ) => {
+        const y = await run(rows, batches, scratchRows);
+        assertEquals(y, alone.slice(0, rows * n), `${text}: ${rows} rows, room for ${scratchRows}`);
+      };
+      for (const [rows, room] of [[9, 16], [17, 32], [41, 16], [41, 33]]) await follows(rows, room);
+      // Sixteen rows at once would not fit, however few kernels are left.
+      await follows(41, 15, [1, 16]);
+      of.matrix.destroy();
+    }
   }));
 
 Deno.test("output rows run the decode kernels", () =>

@@ -51,6 +51,8 @@ const LEAST_THREADS = 32;
 const SHORT_COLUMNS = 1024;
 /** Workgroups below which shorter ones fill a large GPU better. */
 const ENOUGH_WORKGROUPS = 96;
+/** Shorter workgroups would make more Psumbooks than they have rows of N to use them. */
+const LEAST_COLUMNS = ENTRIES;
 /** Entries of a Psumbook that a thread makes at a time: they share loads of activations. */
 const MOST_ENTRIES = 4;
 /** Float16 weights of centroids in a thread's registers, two in each. */
@@ -159,7 +161,9 @@ function columnsOf({ splits }: CodeOrder, { members, bindingRows }: KernelRoom):
   const n = members.reduce((sum, rows) => sum + rows, 0);
   let columns = psumbookColumns(members);
   if (members.length > 1) columns = gcd(columns, bindingRows);
-  while (columns > ENTRIES && Math.ceil(n / columns) * splits < ENOUGH_WORKGROUPS) columns /= 2;
+  while (columns > LEAST_COLUMNS && Math.ceil(n / columns) * splits < ENOUGH_WORKGROUPS) {
+    columns /= 2;
+  }
   return columns;
 }
 

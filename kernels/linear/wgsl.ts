@@ -98,7 +98,7 @@ fn ${lanes === 1 ? "put" : "put_quad"}(row: u32, n: u32, value: ${type}) {
 }
 
 /**
- * A batch of rows as one or two vectors: a row is a lane, so each row's arithmetic is the same
+ * A batch of rows as vectors of up to four: a row is a lane, so each row's arithmetic is the same
  * whatever the batch.
  */
 export interface BatchLanes {
@@ -108,7 +108,7 @@ export interface BatchLanes {
   lanes: number;
   /** The WGSL type of one vector. */
   type(element: "f16" | "f32"): string;
-  /** Row `row`'s lane of the vector variables `name0`, `name1`. */
+  /** Row `row`'s lane of the vector variables `name0`, `name1` and so on. */
   lane(name: string, row: number): string;
 }
 
