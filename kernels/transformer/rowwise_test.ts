@@ -124,7 +124,7 @@ Deno.test("SwiGLU agrees with the reference and stays finite at the ends of the 
     const random = seededRandom(3);
     const rows = 3;
     for (const width of [172, 139]) { // by fours, and one by one
-      const gateUp = normals(random, rows * 2 * width, 4);
+      const gateUp = normals(random, (rows + 1) * 2 * width, 4);
       gateUp.set([1e4, -1e4, 3e4, -120, 0], 0);
       gateUp.set([1e4, 1e4, -3e4, 5, 7], width);
       const inputs = new StepBuffers(gpu, LIMITS, 16);
