@@ -1,0 +1,44 @@
+import { assertEquals } from "@std/assert";
+import type { Gpu } from "../gpu.ts";
+import { decodeCode } from "./decode.ts";
+import { codeOrder } from "./order.ts";
+import type { Matrix, PairFinish } from "./types.ts";
+import { defaultVariant } from "./variant.ts";
+
+Deno.test("pairs are finished behind the sums where an adapter has too few bindings for both in a kernel", () => {
+  const format = { m: 1, v: 4, g: 128, b: 8 };
+  const [n, k] = [1024, 1024];
+  const matrix = {
+    ...{ name: "w", n, k, format, order: codeOrder([n, k], format) },
+    blocks: [{ start: 0, n }],
+    members: [{ start: 0, n }],
+  } as Partial<Matrix> as Matrix;
+  const finish: PairFinish = {
+    half: 4,
+    code: () => "fn finish(row: u32, n: u32, first: vec4<f32>, second: vec4<f32>) {}",
+    bindings: ["read", "read", "uniform", "write", "write"],
+    buffers: [],
+  };
+  // The kernel has five storage buffers of its own, and a uniform is none.
+  for (const [maxStorageBuffersPerShaderStage, finishes] of [[8, false], [9, true]] as const) {
+    const limits = {
+      maxStorageBuffersPerShaderStage,
+      maxComputeInvocationsPerWorkgroup: 1024,
+      maxComputeWorkgroupStorageSize: 48 * 1024,
+    };
+    const made = decodeCode(
+      {
+        gpu: { limits } as Gpu,
+        matrix,
+        profile: { version: 0, decode: "dequantize" },
+        input: { stride: k, offset: 0 },
+      },
+      defaultVariant(false),
+      1,
+      { store: "store", vector: true, finish },
+    )!;
+    assertEquals(made.finishes, finishes);
+    assertEquals(made.code.includes("fn finish("), finishes);
+    assertEquals(made.splitGroups, 1);
+  }
+});
