@@ -9,10 +9,14 @@ Deno.test("pairs are finished behind the sums where an adapter has too few bindi
   const format = { m: 1, v: 4, g: 128, b: 8 };
   const [n, k] = [1024, 1024];
   const matrix = {
-    ...{ name: "w", n, k, format, order: codeOrder([n, k], format) },
+    name: "w",
+    n,
+    k,
+    format,
+    order: codeOrder([n, k], format),
     blocks: [{ start: 0, n }],
     members: [{ start: 0, n }],
-  } as Partial<Matrix> as Matrix;
+  } as unknown as Matrix;
   const finish: PairFinish = {
     half: 4,
     code: () => "fn finish(row: u32, n: u32, first: vec4<f32>, second: vec4<f32>) {}",
