@@ -2,8 +2,8 @@
  * What prefill kernels of CodeGEMM matrices do their own way: weights from centroids, products in
  * float16.
  *
- * An output sums, over each group of K ({@linkcode prefillGroupK}) and each 32 K of it, the products
- * of even and of odd K in a float16 chain each; both are added, scaled and added to it in float32, by
+ * An output sums, over each group of K ({@linkcode prefillGroupK}) and each 16 K of it, the products
+ * of even and of odd K in a float16 chain each; the sum of both is scaled and added in float32, by
  * rising K. A weight is its centroid as it stands, several centroids added in float16: the scale comes
  * with the sum, which rounds once less and costs nothing. (`magnitude.ts` keeps them from overflowing.)
  *
@@ -19,8 +19,8 @@ import {
   octetQuad,
 } from "./code_words_wgsl.ts";
 import {
+  chainQuads,
   itemPositions,
-  pairQuads,
   type PrefillCode,
   prefillThreads,
   tableCopies,
@@ -81,7 +81,7 @@ function wholeCodes(frame: PrefillFrame, code: PrefillCode, positions: number): 
   let copy = lane % ${copies}u;
   for (var i = lane; i < ${m * entries * copies}u; i += ${prefillThreads(tile)}u) {
     let entry = book + i / ${copies}u;
-${times(v / 4, (q) => `    table[i][${q}] = codebooks[entry * ${v / 4}u + ${q}u].zwxy;`)}
+${times(v / 4, (q) => `    table[i][${q}] = codebooks[entry * ${v / 4}u + ${q}u];`)}
   }
   workgroupBarrier();`;
   const index = (c: number, position: number, slot: string) => {
@@ -141,15 +141,13 @@ ${
               }u + ${o}u];`)
             : `let code${p}_${c} = (book + ${at}) * ${perCode}u;`;
         });
-      const quad = (p: number, q: number) => {
-        const centroids = Array.from({ length: m }, (_, c) => {
+      const quad = (p: number, q: number) =>
+        Array.from({ length: m }, (_, c) => {
           if (copies > 0) return `table[code${p}_${c}][${q}]`;
           return octets
             ? `vec4<f16>(${octetQuad(`octet${p}_${c}_${q >> 1}`, q & 1)})`
             : `codebooks[code${p}_${c} + ${q}u]`;
         }).join(" + ");
-        return copies > 0 ? centroids : `(${centroids}).zwxy`;
-      };
       return `let thread = buffer_x + ${column(i)} % ${threadColumns}u;
 let at = ${column(i)} / ${threadColumns}u * ${k.quads}u + ${item(i)} * ${positions * perCode}u;
 ${times(positions, values)}
@@ -200,7 +198,7 @@ var weights = vec4<f16>();
 for (var e = 0u; e < min(live, 4u); e++) {
   if (first${slot} + e < params.k) { weights[e] = weight(block, in_block + column, book, first${slot} + e); }
 }
-tile_w[buffer_x + column % ${threadColumns}u][column / ${threadColumns}u * ${k.quads}u + quad] = weights.zwxy;`,
+tile_w[buffer_x + column % ${threadColumns}u][column / ${threadColumns}u * ${k.quads}u + quad] = weights;`,
   };
   return source;
 }
@@ -256,17 +254,14 @@ ${groupProducts(frame, (quad) => `quads + ${quad}u`, (c) => `scale${c}`)}
 }`;
 }
 
-/**
- * Products of a group: two quads at a time, as a thread reads 16 bytes best. The halves of a quad of
- * weights have changed places in the tile, for the register banks' sake (`dequantize_wgsl.ts`).
- */
+/** Products of a group: two quads at a time, as a thread reads 16 bytes best. */
 function groupProducts(
   { kernel: { tile }, k }: PrefillFrame,
   quadAt: (quad: number) => string,
   scaleOf: (c: number) => string,
 ): string {
   let first = 0;
-  return pairQuads(k).map((length) => {
+  return chainQuads(k).map((length) => {
     const lines: string[] = [];
     for (let pair = 0; pair < length; pair += 2) {
       const halves = Array.from({ length: Math.min(2, length - pair) }, (_, h) => pair + h);
@@ -287,12 +282,12 @@ function groupProducts(
             tile,
             (r, c) =>
               q === 0
-                ? `sum${r}_${c} = a${r}_${q}.xy * b${c}_${q}.zw;`
-                : `sum${r}_${c} = fma(a${r}_${q}.xy, b${c}_${q}.zw, sum${r}_${c});`,
+                ? `sum${r}_${c} = a${r}_${q}.xy * b${c}_${q}.xy;`
+                : `sum${r}_${c} = fma(a${r}_${q}.xy, b${c}_${q}.xy, sum${r}_${c});`,
           ),
           eachOutput(
             tile,
-            (r, c) => `sum${r}_${c} = fma(a${r}_${q}.zw, b${c}_${q}.xy, sum${r}_${c});`,
+            (r, c) => `sum${r}_${c} = fma(a${r}_${q}.zw, b${c}_${q}.zw, sum${r}_${c});`,
           ),
         ]),
         "}",
@@ -302,9 +297,7 @@ function groupProducts(
       eachOutput(
         tile,
         (r, c) =>
-          `acc${r}_${c} = fma(${
-            scaleOf(c)
-          }, f32(sum${r}_${c}.x) + f32(sum${r}_${c}.y), acc${r}_${c});`,
+          `acc${r}_${c} = fma(${scaleOf(c)}, f32(sum${r}_${c}.x + sum${r}_${c}.y), acc${r}_${c});`,
       ),
     );
     first += length;

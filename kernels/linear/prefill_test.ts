@@ -5,8 +5,8 @@ import { loadMatrix } from "./matrix.ts";
 import { linearScratchBytes, prefillCodes } from "./binding.ts";
 import type { PrefillTile } from "./prefill_tile.ts";
 import {
+  chainQuads,
   paddedQuads,
-  pairQuads,
   PREFILL_TILES,
   prefillBytes,
   prefillGroupK,
@@ -66,7 +66,6 @@ Deno.test("every tile gives a row the same bits, and those of the reference but 
         ["m1v4g48", [33, 336]],
         ["m2v12g36", [20, 144]],
         ["m1v20g40", [20, 160]],
-        ["m1v40g40", [20, 160]],
         ["m1v8b16", [40, 112]],
         ["m1v4g32b9", [40, 96]],
         ["m2v3g9", [20, 72]],
@@ -90,7 +89,7 @@ Deno.test("every tile gives a row the same bits, and those of the reference but 
       }
       for (const how of TILES.slice(1)) {
         // Where a group has two sums, Mesa's compiler factors out their scale in straight code.
-        if (how.unroll && pairQuads(tileK(how.tile, code)).length > 1) continue;
+        if (how.unroll && chainQuads(tileK(how.tile, code)).length > 1) continue;
         const bits = new Uint32Array((await prefill(gpu, matrix, x, rows, how)).buffer);
         assertEquals(bits, new Uint32Array(truth.buffer), `${text} ${JSON.stringify(how)}`);
       }

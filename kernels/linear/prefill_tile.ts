@@ -8,7 +8,7 @@ import { invariant } from "../../shared/errors.ts";
 import { type CodeGemmFormat, codesPerWord } from "../../shared/model_config.ts";
 import { centroidCount } from "./code_words_wgsl.ts";
 import type { CodeOrder } from "./order.ts";
-import { DENSE_K_ALIGN, FLOAT16_PAIR_K, largestDivisor, lcm, roundUp } from "./order.ts";
+import { DENSE_K_ALIGN, largestDivisor, lcm, roundUp } from "./order.ts";
 import type { MatrixShape } from "./types.ts";
 
 /** The tile of outputs of a workgroup. None of this changes a bit of the result. */
@@ -81,8 +81,8 @@ export interface PrefillCode {
 }
 
 /**
- * K of a tile in groups: of a group, pairs of float16 sums are made, of its even and of its odd K (see
- * {@linkcode pairQuads}). A group is filled up with zeros to quads, 4 values along K.
+ * K of a tile in groups: of a group, float16 sums of 16 consecutive K are made (see
+ * {@linkcode chainQuads}). A group is filled up with zeros to quads, 4 values along K.
  */
 export interface TileK {
   depth: number;
@@ -93,7 +93,9 @@ export interface TileK {
   quads: number;
 }
 
-const PAIR_QUADS = FLOAT16_PAIR_K / 4;
+/** Consecutive K whose products are summed in float16 (DESIGN). */
+export const CHAIN_K = 16;
+const CHAIN_QUADS = CHAIN_K / 4;
 const DEFAULT_DEPTH = 32;
 const DEFAULT_COPIES = 4;
 /** Above it, the vectors of a code word are too much for a tile. */
@@ -110,10 +112,10 @@ export function prefillThreads(tile: PrefillTile): number {
   return columns * rows;
 }
 
-/** K that a group of a CodeGEMM matrix has: whole codes of one scale, or whole pairs of one code. */
+/** K that a group of a CodeGEMM matrix has: whole codes of one scale, or whole chains of one code. */
 export function prefillGroupK({ format: { v }, order }: PrefillCode): number {
-  if (v > FLOAT16_PAIR_K && v % FLOAT16_PAIR_K === 0) return FLOAT16_PAIR_K;
-  return v * largestDivisor(order.scalePositions, Math.max(1, Math.floor(FLOAT16_PAIR_K / v)), 1);
+  if (v > CHAIN_K && v % CHAIN_K === 0) return CHAIN_K;
+  return v * largestDivisor(order.scalePositions, Math.max(1, Math.floor(CHAIN_K / v)), 1);
 }
 
 /** The sums of a prefill output over K: each on its own, then one after the other. */
@@ -145,11 +147,11 @@ export function prefillSplits([n, k]: MatrixShape, code: PrefillCode | null): Pr
   return { splitK, splits: Math.ceil(k / splitK) };
 }
 
-/** The quads of a group's pairs of float16 sums, one after the other. */
-export function pairQuads({ groupQuads }: Pick<TileK, "groupQuads">): number[] {
+/** The quads of a group's float16 sums, one after the other. */
+export function chainQuads({ groupQuads }: Pick<TileK, "groupQuads">): number[] {
   return Array.from(
-    { length: Math.ceil(groupQuads / PAIR_QUADS) },
-    (_, i) => Math.min(PAIR_QUADS, groupQuads - i * PAIR_QUADS),
+    { length: Math.ceil(groupQuads / CHAIN_QUADS) },
+    (_, i) => Math.min(CHAIN_QUADS, groupQuads - i * CHAIN_QUADS),
   );
 }
 

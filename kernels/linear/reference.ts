@@ -234,7 +234,7 @@ export function densePrefillProduct(
 
 /**
  * The order of the CodeGEMM prefill kernels: in groups of `groupK`, a float16 chain over the even and
- * one over the odd of up to 32 K, both added, scaled and added in float32 by rising K; such sums over
+ * one over the odd of up to 16 K, their sum scaled and added in float32 by rising K; such sums over
  * `splitK` each are then added one after the other.
  */
 export function codePrefillProduct(
@@ -252,7 +252,7 @@ export function codePrefillProduct(
         sum = 0;
       }
       const groupEnd = at - at % groupK + groupK;
-      end = Math.min(at + FLOAT16_PAIR_K, groupEnd);
+      end = Math.min(at + 16, groupEnd);
       const chains = [0, 0];
       for (let i = at; i < end; i++) {
         let weight = 0;
@@ -263,7 +263,7 @@ export function codePrefillProduct(
         chains[(i - at) % 2] = fma16(x[i], weight, chains[(i - at) % 2]);
       }
       const scale = scales[Math.floor(at / g) * n + row];
-      sum = fma32(scale, f32(chains[0] + chains[1]), sum);
+      sum = fma32(scale, f16(chains[0] + chains[1]), sum);
     }
     y[row] = f32(y[row] + sum);
   }
