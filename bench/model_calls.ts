@@ -9,8 +9,11 @@ import type { KernelTime } from "./kernel_times.ts";
 
 /** Steps before the measured ones: drivers compile at first use, clocks rise under load. */
 export const WARM_UP_STEPS = 12;
-/** So long they take at least where a GPU may still have the low clocks of loading, ms. */
-export const WARM_UP_MS = 400;
+/**
+ * So long they take at least, ms: a GPU comes to its clocks after loading, and a worker that has run for
+ * a while has compiled its own code too.
+ */
+export const WARM_UP_MS = 1000;
 
 /** Times of one step, ms. */
 export interface StepSample {
