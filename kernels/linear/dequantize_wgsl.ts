@@ -19,15 +19,11 @@
  */
 import { codesPerWord } from "../../shared/model_config.ts";
 import { codeIndex } from "./code_words_wgsl.ts";
-import {
-  dequantizeColumns,
-  type DequantizeKernel,
-  dequantizeThreads,
-  splitPositions,
-} from "./dequantize_kernel.ts";
+import { type DequantizeKernel, dequantizeThreads, splitPositions } from "./dequantize_kernel.ts";
 import { leaveWgsl, sumsWgsl } from "./dequantize_sums_wgsl.ts";
-import { FLOAT16_PAIR_K, gcd } from "./order.ts";
+import { FLOAT16_PAIR_K } from "./order.ts";
 import { type Output, outputWgsl } from "./output_wgsl.ts";
+import { eachScale, eachWord, scaleOf, threadRowsWgsl, wordOf } from "./thread_rows_wgsl.ts";
 import { HEADER_WGSL, times } from "./wgsl.ts";
 
 const OUTPUT_BINDING = 6;
@@ -42,9 +38,8 @@ export function dequantizeKernelWgsl(
   kernel: DequantizeKernel,
   target: Output | "partial",
 ): string {
-  const { format: { m, v }, order, batch, splits, lanes, rowsPerThread } = kernel;
+  const { order, batch, splits, lanes, rowsPerThread } = kernel;
   const threads = dequantizeThreads(kernel);
-  const workgroupQuads = dequantizeColumns(kernel) / 4;
   return /* wgsl */ `${HEADER_WGSL}
 @group(0) @binding(2) var<storage, read> x: array<vec4<f16>>;
 @group(0) @binding(3) var<storage, read> codes: array<vec4<u32>>;
@@ -72,22 +67,7 @@ fn main(
   if (first >= rows) { return; }
   // Places past the last row compute it again and store nothing: no stale row is ever read.
 ${times(batch, (b) => `  let x${b} = input_of(min(first + ${b}u, rows - 1u));`)}
-  // Rows of N in fours: those of the workgroup, those of this thread, and where their codes stand.
-  let quads = (params.n + ${order.rowBlock - 1}u) / ${order.rowBlock}u * ${order.rowBlock / 4}u;
-  let quad = workgroup.x * ${workgroupQuads}u;
-  let book = book_of(min(quad, quads - 1u) / ${order.rowBlock / 4}u);
-${
-    times(rowsPerThread / 4, (t) => {
-      const rowQuads = order.rowBlock / 4;
-      return `  let quad${t} = min(quad + ${t * lanes}u + lane % ${lanes}u, quads - 1u);
-  let words${t} = quad${t} / ${rowQuads}u * (params.k / ${codesPerWord(kernel.format) * v}u) * ${
-        m * rowQuads
-      }u + quad${t} % ${rowQuads}u;
-  let scales${t} = quad${t} / ${rowQuads}u * (params.k / ${
-        order.scalePositions * v
-      }u) * ${rowQuads}u + quad${t} % ${rowQuads}u;`;
-    })
-  }
+${threadRowsWgsl(kernel, lanes, `lane % ${lanes}u`)}
   let split = workgroup.y * ${splits}u + lane / ${lanes}u;
   let start = split * ${splitPositions(order)}u;
   let turns = (min((split + 1u) * params.split_units, params.units) * ${order.dequantize.unitPositions}u - start)
@@ -279,23 +259,8 @@ function gather(kernel: DequantizeKernel, first: number, count: number, r: numbe
 /** Where the centroid of a position's code stands in its table. */
 function placeOf(kernel: DequantizeKernel, position: number, r: number, k: number): string {
   const { format, copies, packed } = kernel;
-  const perWord = codesPerWord(format);
-  const word = `w${Math.floor(position / perWord)}_${k}_${r >> 2}.${"xyzw"[r & 3]}`;
-  return codeIndex(format, word, position % perWord, copies, "copy", packed);
-}
-
-/** Calls `body` for each vector of a thread's code words in a turn: its name, its place, its rows. */
-function eachWord(
-  kernel: DequantizeKernel,
-  body: (name: string, at: number, t: number) => string,
-): string {
-  const { format, turnPositions, rowsPerThread, order } = kernel;
-  return times(turnPositions / codesPerWord(format), (word) =>
-    times(format.m, (k) =>
-      times(
-        rowsPerThread / 4,
-        (t) => body(`${word}_${k}_${t}`, (word * format.m + k) * order.rowBlock / 4, t),
-      )));
+  const word = wordOf(kernel, position, k, r);
+  return codeIndex(format, word, position % codesPerWord(format), copies, "copy", packed);
 }
 
 /** The code words of the turn that begins at `position`, into what `target` names. */
@@ -305,28 +270,18 @@ function loadWords(
   target: (name: string) => string,
 ): string {
   const { format, order } = kernel;
-  const line = format.m * order.rowBlock / 4;
-  return eachWord(kernel, (name, at, t) => {
-    const word = `${position} / ${codesPerWord(format)}u * ${line}u`;
-    return `${target(name)} = codes[words${t} + ${word} + ${at}u];`;
+  const rowQuads = order.rowBlock / 4;
+  return eachWord(kernel, (name, line, t) => {
+    const word = `${position} / ${codesPerWord(format)}u * ${format.m * rowQuads}u`;
+    return `${target(name)} = codes[words${t} + ${word} + ${line * rowQuads}u];`;
   });
 }
 
-/** Scales of the turn: `scale<segment>_<row quad>`. */
+/** Scales of the turn, float32. */
 function loadScales(kernel: DequantizeKernel): string {
-  const { turnPositions, rowsPerThread, order } = kernel;
-  const segment = gcd(turnPositions, order.scalePositions);
-  return times(turnPositions / segment, (s) =>
-    times(
-      rowsPerThread / 4,
-      (t) =>
-        `let scale${s}_${t} = vec4<f32>(scales[scales${t} + (position + ${
-          s * segment
-        }u) / ${order.scalePositions}u * ${order.rowBlock / 4}u]);`,
-    ));
-}
-
-function scaleOf({ turnPositions, order }: DequantizeKernel, position: number, r: number): string {
-  const segment = Math.floor(position / gcd(turnPositions, order.scalePositions));
-  return `scale${segment}_${r >> 2}.${"xyzw"[r & 3]}`;
+  const { scalePositions, rowBlock } = kernel.order;
+  return eachScale(kernel, (name, position, t) => {
+    const line = `(position + ${position}u) / ${scalePositions}u`;
+    return `let scale${name} = vec4<f32>(scales[scales${t} + ${line} * ${rowBlock / 4}u]);`;
+  });
 }

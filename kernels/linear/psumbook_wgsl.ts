@@ -23,15 +23,15 @@
 import { invariant } from "../../shared/errors.ts";
 import { codesPerWord } from "../../shared/model_config.ts";
 import { codeInWord } from "./code_words_wgsl.ts";
-import { FLOAT16_SUM, gcd } from "./order.ts";
+import { FLOAT16_SUM } from "./order.ts";
 import {
   positionQuads,
   type PsumbookKernel,
   stageRounds,
   threadCodebooks,
   threadEntries,
-  workgroupColumns,
 } from "./psumbook_kernel.ts";
+import { eachScale, eachWord, scaleOf, threadRowsWgsl, wordOf } from "./thread_rows_wgsl.ts";
 import { batchLanes, HEADER_WGSL, putWgsl, type Target, times } from "./wgsl.ts";
 
 /** Products of two neighbours along K that may be summed in float16. */
@@ -48,7 +48,6 @@ export function psumbookKernelWgsl(kernel: PsumbookKernel, target: Target): stri
   invariant(b === 8, "Psumbooks have an entry for each byte");
   const lanes = batchLanes(batch);
   const quads = positionQuads(kernel.format);
-  const rowQuads = order.rowBlock / 4;
   const turns = order.unitPositions / turnPositions;
   const teamThreads = threads / teams;
   return /* wgsl */ `${HEADER_WGSL}
@@ -80,20 +79,7 @@ ${
     times(batch, (b) =>
       `  let x${b} = params.x_offset + (range_start() + min(first + ${b}u, rows - 1u)) * params.x_stride;`)
   }
-  // Rows of N in fours: those of the workgroup, those of this thread, and where their codes stand.
-  let quads = (params.n + ${order.rowBlock - 1}u) / ${order.rowBlock}u * ${rowQuads}u;
-  let quad = workgroup.x * ${workgroupColumns(kernel) / 4}u;
-  let book = book_of(min(quad, quads - 1u) / ${rowQuads}u);
-${
-    times(rowsPerThread / 4, (t) =>
-      `  let quad${t} = min(quad + ${t * threads}u + lane, quads - 1u);
-  let words${t} = quad${t} / ${rowQuads}u * (params.k / ${codesPerWord(kernel.format) * v}u) * ${
-        m * rowQuads
-      }u + quad${t} % ${rowQuads}u;
-  let scales${t} = quad${t} / ${rowQuads}u * (params.k / ${
-        order.scalePositions * v
-      }u) * ${rowQuads}u + quad${t} % ${rowQuads}u;`)
-  }
+${threadRowsWgsl(kernel, threads, "lane")}
   let split = workgroup.y;
   let first_turn = split * params.split_units * ${turns}u;
   let end = min((split + 1u) * params.split_units, params.units) * ${turns}u;
@@ -288,32 +274,17 @@ function gather(kernel: PsumbookKernel, half: number, book: number, place: numbe
 
 /** Where a code's entry stands in its round: the place of the team's Psumbook, and the code. */
 function entryIndex(
-  { format, packed }: PsumbookKernel,
+  kernel: PsumbookKernel,
   position: number,
   codebook: number,
   r: number,
   team: number,
 ): string {
-  const perWord = codesPerWord(format);
-  const word = `w${Math.floor(position / perWord)}_${codebook}_${r >> 2}.${"xyzw"[r & 3]}`;
-  const place = position % perWord;
+  const { format, packed } = kernel;
+  const word = wordOf(kernel, position, codebook, r);
+  const place = position % codesPerWord(format);
   const code = packed ? `dot4U8Packed(${word}, ${256 ** place}u)` : codeInWord(format, word, place);
   return team === 0 ? code : `${code} + ${team * 256}u`;
-}
-
-/** Calls `body` for each vector of a thread's code words in a turn: its name, its line, its rows. */
-function eachWord(
-  { format, turnPositions, rowsPerThread }: PsumbookKernel,
-  body: (name: string, line: number, t: number) => string,
-): string {
-  return times(
-    turnPositions / codesPerWord(format),
-    (word) =>
-      times(
-        format.m,
-        (k) => times(rowsPerThread / 4, (t) => body(`${word}_${k}_${t}`, word * format.m + k, t)),
-      ),
-  );
 }
 
 /** The code words of a turn, into what `target` names. */
@@ -333,18 +304,6 @@ function loadWords(
   );
 }
 
-/** Calls `body` for each vector of a thread's scales in a turn: its name, its position, its rows. */
-function eachScale(
-  { turnPositions, rowsPerThread, order }: PsumbookKernel,
-  body: (name: string, position: number, t: number) => string,
-): string {
-  const segment = gcd(turnPositions, order.scalePositions);
-  return times(
-    turnPositions / segment,
-    (s) => times(rowsPerThread / 4, (t) => body(`${s}_${t}`, s * segment, t)),
-  );
-}
-
 /** The scales of a turn, float16, into what `target` names. */
 function loadScales(
   kernel: PsumbookKernel,
@@ -361,11 +320,6 @@ function loadScales(
         order.rowBlock / 4
       }u];`,
   );
-}
-
-function scaleOf({ turnPositions, order }: PsumbookKernel, position: number, r: number): string {
-  const segment = Math.floor(position / gcd(turnPositions, order.scalePositions));
-  return `scale${segment}_${r >> 2}.${"xyzw"[r & 3]}`;
 }
 
 /** Partial sums: `[split][row][n]`, padded rows of N included. */
