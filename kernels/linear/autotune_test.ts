@@ -1,13 +1,12 @@
 import { assert, assertEquals } from "@std/assert";
-import { Gpu } from "../gpu.ts";
+import { withGpu } from "../gpu_fixture.ts";
 import { likeOne, tuneLinear } from "./autotune.ts";
 import { syntheticCodes } from "./synthetic.ts";
 
 const FORMAT = { m: 1, v: 4, g: 32, b: 8 };
 
-Deno.test("tuning keeps to variants that run and give the default's bits", async () => {
-  const gpu = await Gpu.open({ software: true });
-  try {
+Deno.test("tuning keeps to variants that run and give the default's bits", () =>
+  withGpu(async (gpu) => {
     if (!gpu.timestamps) return;
     const matrix = await syntheticCodes(gpu, "w", [256, 256], 256, FORMAT, 1);
     const impossible = { codeThreads: -1 };
@@ -24,11 +23,7 @@ Deno.test("tuning keeps to variants that run and give the default's bits", async
       assertEquals(choice, { turnK: 32 });
     }
     matrix.destroy();
-    gpu.check();
-  } finally {
-    gpu.close();
-  }
-});
+  }, "adapter"));
 
 Deno.test("a batch that gives a row other bits than it has alone is not used", () => {
   const bits = (...words: number[]) => ({ bits: Uint32Array.from(words) });

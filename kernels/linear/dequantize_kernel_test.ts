@@ -1,8 +1,8 @@
 import { assert, assertAlmostEquals, assertEquals } from "@std/assert";
-import { parseFormatName } from "../../shared/checkpoint/mod.ts";
-import type { CodeGemmFormat } from "../../shared/model_config.ts";
 import { seededRandom } from "../../shared/random.ts";
-import { Gpu } from "../gpu.ts";
+import type { Gpu } from "../gpu.ts";
+import { withGpu } from "../gpu_fixture.ts";
+import { formatOf, ROOMS, SHAPES, total } from "./decode_fixture.ts";
 import {
   dequantizeBytes,
   dequantizeColumns,
@@ -24,33 +24,11 @@ import { type Batch, BATCHES } from "./wgsl.ts";
 
 const GPU_VARIANT = defaultVariant(false);
 
-/** Stacks of N, and K: Llama-3's, then small and uneven ones. */
-const SHAPES: [members: number[], k: number][] = [
-  [[8192, 1024, 1024], 8192],
-  [[28672, 28672], 8192],
-  [[8192], 28672],
-  [[14336, 14336], 4096],
-  [[4096], 14336],
-  [[70], 384],
-  [[256, 512, 256], 640],
-];
-const ROOMS = [
-  { maxThreads: 1024, workgroupBytes: 48 * 1024 },
-  { maxThreads: 1024, workgroupBytes: 32 * 1024 },
-  { maxThreads: 256, workgroupBytes: 16 * 1024 },
-];
-
-function formatOf(name: string): CodeGemmFormat {
-  const format = parseFormatName(name);
-  assert(format !== null);
-  return format;
-}
-
 function* kernels(): Generator<{ kernel: DequantizeKernel; members: number[]; room: number }> {
   for (const name of ["m1v4g128", "m2v8g128", "m2v4g128", "m1v8g64"]) {
     const format = formatOf(name);
     for (const [members, k] of SHAPES) {
-      const n = members.reduce((sum, rows) => sum + rows, 0);
+      const n = total(members);
       const order = codeOrder([n, k], format, undefined, members);
       for (const [room, limits] of ROOMS.entries()) {
         for (const batch of BATCHES) {
@@ -161,9 +139,8 @@ async function decode(
   return y;
 }
 
-Deno.test("whole sums and partial ones have the same bits, and follow the reference", async () => {
-  const gpu = await Gpu.open({ software: true });
-  try {
+Deno.test("whole sums and partial ones have the same bits, and follow the reference", () =>
+  withGpu(async (gpu) => {
     // More than 16 splits, summed in slices, the last one shorter; N that no workgroup divides.
     const shape: MatrixShape = [76, 64 * 67];
     const name = "m1v4g64";
@@ -184,14 +161,10 @@ Deno.test("whole sums and partial ones have the same bits, and follow the refere
       const y = await decode(gpu, { shape, name, batch });
       assertEquals(new Uint32Array(y.buffer), new Uint32Array(alone.buffer), `x${batch}`);
     }
-  } finally {
-    gpu.close();
-  }
-});
+  }, "adapter"));
 
-Deno.test("vectors of any length and many codebooks have the same bits in every batch, and follow the reference", async () => {
-  const gpu = await Gpu.open({ software: true });
-  try {
+Deno.test("vectors of any length and many codebooks have the same bits in every batch, and follow the reference", () =>
+  withGpu(async (gpu) => {
     // Groups that end within 32 of K, vectors that are closed in between, codebooks that are added.
     const cases: [name: string, shape: MatrixShape, batches: Batch[]][] = [
       ["m3v12g48", [41, 240], [4]],
@@ -210,14 +183,10 @@ Deno.test("vectors of any length and many codebooks have the same bits in every 
         assertEquals(new Uint32Array(y.buffer), new Uint32Array(alone.buffer), `${name} x${batch}`);
       }
     }
-  } finally {
-    gpu.close();
-  }
-});
+  }, "adapter"));
 
-Deno.test("a stack that is cut into bindings has the bits of a whole one: no workgroup takes two matrices", async () => {
-  const gpu = await Gpu.open({ software: true });
-  try {
+Deno.test("a stack that is cut into bindings has the bits of a whole one: no workgroup takes two matrices", () =>
+  withGpu(async (gpu) => {
     const format = formatOf("m1v4g64");
     const k = 512, n = 1792; // a workgroup's 224 rows divide n, but not what a binding holds
     const sources = ["a", "b"].map((name, i) => randomTensors(name, [n, k], format, i));
@@ -247,25 +216,17 @@ Deno.test("a stack that is cut into bindings has the bits of a whole one: no wor
     const cut = await run({ maxBindingBytes: 5 * 256 * (k / 16) * 4 });
     assertEquals([whole.blocks, cut.blocks], [1, 3]);
     assertEquals(cut.y, whole.y);
-  } finally {
-    gpu.close();
-  }
-});
+  }, "adapter"));
 
-Deno.test("rows beyond what the scratch holds are decoded behind the others, with the same bits", async () => {
-  const gpu = await Gpu.open({ software: true });
-  try {
+Deno.test("rows beyond what the scratch holds are decoded behind the others, with the same bits", () =>
+  withGpu(async (gpu) => {
     // Of so many splits, a workgroup of four rows takes one: they meet in the scratch.
     const at = { shape: [76, 64 * 67] as const, name: "m1v4g64", batch: 4, rows: 7 } as const;
     assertEquals(await decode(gpu, { ...at, scratchRows: 4 }), await decode(gpu, at));
-  } finally {
-    gpu.close();
-  }
-});
+  }, "adapter"));
 
-Deno.test("threads, rows of N, prefetching and turns change no bit", async () => {
-  const gpu = await Gpu.open({ software: true });
-  try {
+Deno.test("threads, rows of N, prefetching and turns change no bit", () =>
+  withGpu(async (gpu) => {
     const random = seededRandom(3);
     const shape: MatrixShape = [132, 512];
     for (const name of ["m1v4g128", "m2v8g128"]) {
@@ -280,7 +241,4 @@ Deno.test("threads, rows of N, prefetching and turns change no bit", async () =>
         assertEquals(y, standard, `${name} ${JSON.stringify(choice)}`);
       }
     }
-  } finally {
-    gpu.close();
-  }
-});
+  }, "adapter"));

@@ -2,7 +2,8 @@ import { assert, assertEquals } from "@std/assert";
 import { parseFormatName } from "../../shared/checkpoint/mod.ts";
 import type { CodeGemmFormat, TensorSource } from "../../shared/model_config.ts";
 import { randomInt, seededRandom } from "../../shared/random.ts";
-import { Gpu } from "../gpu.ts";
+import type { Gpu } from "../gpu.ts";
+import { withGpu } from "../gpu_fixture.ts";
 import type { LinearStore } from "../kernel.ts";
 import { STEP_BYTES } from "../kernel.ts";
 import { linearScratchBytes } from "./binding.ts";
@@ -127,19 +128,6 @@ async function comparesWithReferences(
 }
 
 /** Runs `test` on an adapter with WebGPU's default limits, and closes it. */
-async function withGpu(
-  test: (gpu: Gpu) => Promise<void>,
-  limits: "default" | "adapter" = "default",
-) {
-  const gpu = await Gpu.open({ software: true, limits });
-  try {
-    await test(gpu);
-    gpu.check();
-  } finally {
-    gpu.close();
-  }
-}
-
 Deno.test("dense linear layers equal their references on awkward shapes", () =>
   withGpu(async (gpu) => {
     const shapes: MatrixShape[] = [[8, 8], [129, 172], [70, 255], [1, 1], [300, 1100], [384, 33]];

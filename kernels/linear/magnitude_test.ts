@@ -2,7 +2,7 @@ import { assert, assertEquals, assertThrows } from "@std/assert";
 import { parseFormatName } from "../../shared/checkpoint/mod.ts";
 import { FleetError } from "../../shared/errors.ts";
 import type { TensorSource } from "../../shared/model_config.ts";
-import { Gpu } from "../gpu.ts";
+import { withGpu } from "../gpu_fixture.ts";
 import { centroidExponent, timesPowerOfTwo } from "./magnitude.ts";
 import { loadMatrix } from "./matrix.ts";
 import { randomTensors } from "./random_tensors.ts";
@@ -43,9 +43,8 @@ function withCentroids(tensors: TensorSource, factor: number): TensorSource {
   };
 }
 
-Deno.test("an activation of 60,000 meets no infinity, whatever the magnitude of the centroids", async () => {
-  const gpu = await Gpu.open({ software: true });
-  try {
+Deno.test("an activation of 60,000 meets no infinity, whatever the magnitude of the centroids", () =>
+  withGpu(async (gpu) => {
     const shape: MatrixShape = [40, 256];
     for (const text of ["m1v4g128", "m2v8g64"]) {
       const format = parseFormatName(text)!;
@@ -73,8 +72,4 @@ Deno.test("an activation of 60,000 meets no infinity, whatever the magnitude of 
         }
       }
     }
-    gpu.check();
-  } finally {
-    gpu.close();
-  }
-});
+  }, "adapter"));

@@ -2,7 +2,7 @@ import { assert, assertEquals, assertRejects } from "@std/assert";
 import { FleetError } from "../../shared/errors.ts";
 import type { CodeGemmFormat, DType, TensorSource } from "../../shared/model_config.ts";
 import { DTYPE_BYTES, ROW_SCALE } from "../../shared/model_config.ts";
-import { Gpu } from "../gpu.ts";
+import { withGpu } from "../gpu_fixture.ts";
 import { loadMatrix, matrixBytes } from "./matrix.ts";
 import { randomTensors } from "./random_tensors.ts";
 import { randomActivations, runLinear, stepShape } from "./rig.ts";
@@ -51,16 +51,6 @@ async function changed(
   }
   change(stored);
   return source(stored);
-}
-
-async function withGpu(test: (gpu: Gpu) => Promise<void>) {
-  const gpu = await Gpu.open({ software: true, limits: "default" });
-  try {
-    await test(gpu);
-    gpu.check();
-  } finally {
-    gpu.close();
-  }
 }
 
 Deno.test("float16, bfloat16 and float32 weights of equal values are the same matrix", () =>

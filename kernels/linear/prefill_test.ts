@@ -1,6 +1,7 @@
 import { assert, assertEquals } from "@std/assert";
 import { parseFormatName } from "../../shared/checkpoint/mod.ts";
-import { Gpu } from "../gpu.ts";
+import type { Gpu } from "../gpu.ts";
+import { withGpu } from "../gpu_fixture.ts";
 import { loadMatrix } from "./matrix.ts";
 import { linearScratchBytes, prefillCodes } from "./binding.ts";
 import type { PrefillTile } from "./prefill_tile.ts";
@@ -55,9 +56,8 @@ function prefill(
   });
 }
 
-Deno.test("every tile gives a row the same bits, and those of the reference but for rounding", async () => {
-  const gpu = await Gpu.open({ software: true, limits: "default" });
-  try {
+Deno.test("every tile gives a row the same bits, and those of the reference but for rounding", () =>
+  withGpu(async (gpu) => {
     // Scales per tile, per group and shared; tails of K; long, wide and odd codes; two codebooks.
     for (
       const [text, shape] of [
@@ -95,15 +95,10 @@ Deno.test("every tile gives a row the same bits, and those of the reference but 
       }
       matrix.destroy();
     }
-    gpu.check();
-  } finally {
-    gpu.close();
-  }
-});
+  }));
 
-Deno.test("a small scratch takes prefill rows in chunks, with the same bits", async () => {
-  const gpu = await Gpu.open({ software: true, limits: "default" });
-  try {
+Deno.test("a small scratch takes prefill rows in chunks, with the same bits", () =>
+  withGpu(async (gpu) => {
     const { matrix } = await load(gpu, [40, 2304], "m1v8g128");
     assertEquals(prefillSplits([40, 2304], prefillCodes(matrix)).splits, 2);
     // What one decode row needs holds 18 prefill rows.
@@ -122,11 +117,7 @@ Deno.test("a small scratch takes prefill rows in chunks, with the same bits", as
       assertEquals(await run(decode, scratchBytes), plenty);
     }
     matrix.destroy();
-    gpu.check();
-  } finally {
-    gpu.close();
-  }
-});
+  }));
 
 Deno.test("a thread of a tile has a place of its own, and its reads meet in no bank", () => {
   for (const tile of [...PREFILL_TILES, ...TILES.map(({ tile }) => tile)]) {

@@ -1,7 +1,8 @@
 import { assert, assertEquals } from "@std/assert";
-import { parseFormatName } from "../../shared/checkpoint/mod.ts";
 import { type CodeGemmFormat, matrixFormat } from "../../shared/model_config.ts";
-import { Gpu } from "../gpu.ts";
+import type { Gpu } from "../gpu.ts";
+import { withGpu } from "../gpu_fixture.ts";
+import { formatOf, ROOMS, SHAPES, total } from "./decode_fixture.ts";
 import { loadMatrix, loadStack } from "./matrix.ts";
 import { codeOrder, psumbookColumns } from "./order.ts";
 import {
@@ -21,34 +22,6 @@ import { type DecodeChoice, defaultVariant, type Variant } from "./variant.ts";
 
 const GPU_VARIANT = defaultVariant(false);
 const BATCHES = [1, 2, 4] as const;
-
-/** Stacks of N, and K: Llama-3 70B's, 8B's, then small and uneven ones. */
-const SHAPES: [members: number[], k: number][] = [
-  [[8192, 1024, 1024], 8192],
-  [[28672, 28672], 8192],
-  [[8192], 28672],
-  [[8192], 8192],
-  [[4096, 1024, 1024], 4096],
-  [[14336, 14336], 4096],
-  [[4096], 14336],
-  [[70], 384],
-  [[256, 512, 256], 1152],
-];
-const ROOMS = [
-  { maxThreads: 1024, workgroupBytes: 48 * 1024 },
-  { maxThreads: 1024, workgroupBytes: 32 * 1024 },
-  { maxThreads: 256, workgroupBytes: 16 * 1024 },
-];
-
-function formatOf(name: string): CodeGemmFormat {
-  const format = parseFormatName(name);
-  assert(format !== null);
-  return format;
-}
-
-function total(members: number[]): number {
-  return members.reduce((sum, rows) => sum + rows, 0);
-}
 
 function* kernels(): Generator<{ kernel: PsumbookKernel; members: number[]; room: number }> {
   for (const name of ["m1v4g128", "m2v8g128", "m8v8g128", "m3v4g32", "m1v64g128"]) {
@@ -197,9 +170,8 @@ async function withMatrix(
   matrix.destroy();
 }
 
-Deno.test("kernels of every kind of format follow the reference, and a row has the same bits in every batch", async () => {
-  const gpu = await Gpu.open({ software: true, limits: "default" });
-  try {
+Deno.test("kernels of every kind of format follow the reference, and a row has the same bits in every batch", () =>
+  withGpu(async (gpu) => {
     // Splits and whole sums; vectors that are no fours, and longer than what float16 may sum.
     const cases: [name: string, shape: MatrixShape, batches: (1 | 2 | 4)[]][] = [
       ["m2v8g64", [76, 448], [1, 2, 4]],
@@ -220,14 +192,10 @@ Deno.test("kernels of every kind of format follow the reference, and a row has t
         assertEquals(await decode(gpu, matrix, { batches: [1] }, { gap: 3 }), first);
       });
     }
-  } finally {
-    gpu.close();
-  }
-});
+  }));
 
-Deno.test("threads, rows of N, teams and prefetching change no bit, in row blocks of any size", async () => {
-  const gpu = await Gpu.open({ software: true, limits: "adapter" });
-  try {
+Deno.test("threads, rows of N, teams and prefetching change no bit, in row blocks of any size", () =>
+  withGpu(async (gpu) => {
     // Workgroups of several row blocks, then such as straddle two; the last ones stand over the end.
     const cases: [name: string, shape: MatrixShape, choices: DecodeChoice[]][] = [
       ["m2v8g128", [8180, 3072], [
@@ -247,14 +215,10 @@ Deno.test("threads, rows of N, teams and prefetching change no bit, in row block
         }
       });
     }
-  } finally {
-    gpu.close();
-  }
-});
+  }, "adapter"));
 
-Deno.test("activations of a long split are taken in pieces", async () => {
-  const gpu = await Gpu.open({ software: true });
-  try {
+Deno.test("activations of a long split are taken in pieces", () =>
+  withGpu(async (gpu) => {
     const shape: MatrixShape = [5, 64 * 1100];
     const format = formatOf("m1v4g64");
     const order = codeOrder(shape, format);
@@ -265,14 +229,10 @@ Deno.test("activations of a long split are taken in pieces", async () => {
     const straight = await decode(gpu, matrix, { batches: [1] }, { rows: 1 });
     assertFollows(straight, new Float32Array(loops.buffer), "straight code");
     matrix.destroy();
-  } finally {
-    gpu.close();
-  }
-});
+  }, "adapter"));
 
-Deno.test("a stack cut into bindings has the bits of a whole one, each matrix its own codebooks", async () => {
-  const gpu = await Gpu.open({ software: true });
-  try {
+Deno.test("a stack cut into bindings has the bits of a whole one, each matrix its own codebooks", () =>
+  withGpu(async (gpu) => {
     const format = formatOf("m1v4g64");
     const k = 512, n = 1792;
     const sources = ["a", "b"].map((name, i) => randomTensors(name, [n, k], format, i));
@@ -301,7 +261,4 @@ Deno.test("a stack cut into bindings has the bits of a whole one, each matrix it
     );
     assertFollows(whole.y.slice(n), alone, "the second matrix of the stack");
     second.destroy();
-  } finally {
-    gpu.close();
-  }
-});
+  }, "adapter"));

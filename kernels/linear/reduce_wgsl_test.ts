@@ -1,6 +1,7 @@
 import { assertEquals } from "@std/assert";
 import { gaussian, seededRandom } from "../../shared/random.ts";
-import { Gpu } from "../gpu.ts";
+import type { Gpu } from "../gpu.ts";
+import { withGpu } from "../gpu_fixture.ts";
 import { stepWords } from "../kernel.ts";
 import type { Output } from "./output_wgsl.ts";
 import { REDUCE_BINDINGS, reduceColumns, type ReduceOrder, reduceWgsl } from "./reduce_wgsl.ts";
@@ -95,16 +96,6 @@ async function reduce(
   pass.end();
   gpu.device.queue.submit([encoder.finish()]);
   return { partial, y: new Float32Array(await gpu.read(out, y.byteLength)) };
-}
-
-async function withGpu(test: (gpu: Gpu) => Promise<void>): Promise<void> {
-  const gpu = await Gpu.open({ software: true, limits: "default" });
-  try {
-    await test(gpu);
-    gpu.check();
-  } finally {
-    gpu.close();
-  }
 }
 
 Deno.test("sums are added in their order bit by bit, whatever the output's stride and offset", () =>

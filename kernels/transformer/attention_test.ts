@@ -1,7 +1,8 @@
 import { assert, assertAlmostEquals, assertEquals } from "@std/assert";
 import type { StepBatch } from "../../shared/frames.ts";
 import { gaussian, randomInt, seededRandom } from "../../shared/random.ts";
-import { Gpu } from "../gpu.ts";
+import type { Gpu } from "../gpu.ts";
+import { withGpu } from "../gpu_fixture.ts";
 import {
   createDecodeAttention,
   createDecodeBatches,
@@ -140,15 +141,6 @@ function batchOf(
 
 const span = (sequence: number, from: number, to: number): [number, number][] =>
   Array.from({ length: to - from }, (_, i) => [sequence, from + i]);
-
-async function withGpu(test: (gpu: Gpu) => Promise<void>): Promise<void> {
-  const gpu = await Gpu.open({ software: true, limits: "default" });
-  try {
-    await test(gpu);
-  } finally {
-    gpu.close();
-  }
-}
 
 function assertClose(actual: Uint16Array, expected: number[], what: string): void {
   const values = new Float16Array(actual.slice().buffer);

@@ -1,7 +1,8 @@
 import { assert, assertEquals } from "@std/assert";
 import { LIMITS } from "../../shared/limits.ts";
 import type { CodeGemmFormat } from "../../shared/model_config.ts";
-import { Gpu } from "../gpu.ts";
+import type { Gpu } from "../gpu.ts";
+import { withGpu } from "../gpu_fixture.ts";
 import type { RowsView } from "../kernel.ts";
 import {
   createLinear,
@@ -150,21 +151,9 @@ function ropeLayer(gpu: Gpu, heads: number, kvHeads: number, headDim: number) {
   return { n, make, queries };
 }
 
-async function withGpu(
-  limits: "adapter" | "default",
-  test: (gpu: Gpu) => Promise<void>,
-): Promise<void> {
-  const gpu = await Gpu.open({ software: true, limits });
-  try {
-    await test(gpu);
-  } finally {
-    gpu.close();
-  }
-}
-
 for (const limits of ["adapter", "default"] as const) {
   Deno.test(`RoPE in the linear layer has the bits of RoPE behind it, at the limits: ${limits}`, () =>
-    withGpu(limits, async (gpu) => {
+    withGpu(async (gpu) => {
       // Heads that workgroups of whole sums divide into, heads that they do not, many and one.
       for (const [heads, kvHeads, headDim] of [[5, 1, 64], [3, 3, 24], [2, 1, 128]]) {
         const { n, make, queries } = ropeLayer(gpu, heads, kvHeads, headDim);
@@ -181,20 +170,20 @@ for (const limits of ["adapter", "default"] as const) {
           assertEquals(finished.dispatches, inKernel ? 1 : 2, what);
         }
       }
-    }));
+    }, limits));
 }
 
 Deno.test("a chosen shape whose workgroups cut heads gives way to one that finishes them", () =>
-  withGpu("adapter", async (gpu) => {
+  withGpu(async (gpu) => {
     const { n, make, queries } = ropeLayer(gpu, 3, 3, 24);
     const usual = await run(gpu, { n, batch: 1, make });
     const chosen = await run(gpu, { n, batch: 1, make, choice: { codeThreads: 18 * 8 } });
     assertEquals([usual.dispatches, chosen.dispatches], [1, 1]);
     assertEquals(queries(chosen.bits), queries(usual.bits));
-  }));
+  }, "adapter"));
 
 Deno.test("SwiGLU in the linear layer has the bits of SwiGLU behind it", () =>
-  withGpu("default", async (gpu) => {
+  withGpu(async (gpu) => {
     const width = 172, n = 2 * width;
     const make = (inputs: StepInputs, gateUp: GPUBuffer): Layer => {
       const gated = gpu.storage("gated", ROWS * width * 2);
@@ -214,7 +203,7 @@ Deno.test("SwiGLU in the linear layer has the bits of SwiGLU behind it", () =>
   }));
 
 Deno.test("pairs that do not come by fours are left to the kernels behind", () =>
-  withGpu("default", async (gpu) => {
+  withGpu(async (gpu) => {
     const rope = ropeLayer(gpu, 3, 1, 10);
     const { finishes, bits } = await run(gpu, { n: rope.n, batch: 1, make: rope.make });
     assert(!finishes);

@@ -1,7 +1,8 @@
 import { assert, assertAlmostEquals, assertEquals } from "@std/assert";
 import type { StepBatch } from "../../shared/frames.ts";
 import { gaussian, randomInt, seededRandom } from "../../shared/random.ts";
-import { Gpu } from "../gpu.ts";
+import type { Gpu } from "../gpu.ts";
+import { withGpu } from "../gpu_fixture.ts";
 import type { Kernel, StepShape } from "../kernel.ts";
 import { rmsNormReference, roundF16, swigluReference } from "./reference.ts";
 import {
@@ -44,15 +45,6 @@ function assertF16Close(actual: Float16Array, expected: ArrayLike<number>): void
   for (let i = 0; i < actual.length; i++) {
     const tolerance = Math.max(2 ** -24, Math.abs(expected[i]) * 2 ** -10);
     assertAlmostEquals(actual[i], roundF16(expected[i]), tolerance, `element ${i}`);
-  }
-}
-
-async function withGpu(test: (gpu: Gpu) => Promise<void>): Promise<void> {
-  const gpu = await Gpu.open({ software: true, limits: "default" });
-  try {
-    await test(gpu);
-  } finally {
-    gpu.close();
   }
 }
 
