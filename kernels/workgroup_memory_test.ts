@@ -6,10 +6,11 @@
  */
 import { assert, assertEquals } from "@std/assert";
 import { checkFormat, parseFormatName } from "../shared/checkpoint/mod.ts";
-import { type CodeGemmFormat, matrixFormat } from "../shared/model_config.ts";
+import type { CodeGemmFormat } from "../shared/model_config.ts";
 import { CANDIDATES } from "./linear/autotune.ts";
 import { decodeCode } from "./linear/decode.ts";
-import { canStack, codeOrder, denseOrder } from "./linear/order.ts";
+import { outlineOf, total } from "./linear/decode_fixture.ts";
+import { canStack } from "./linear/order.ts";
 import { holdableTiles, prefillCode } from "./linear/prefill.ts";
 import { PREFILL_TILES, tileName } from "./linear/prefill_tile.ts";
 import type { Matrix } from "./linear/types.ts";
@@ -87,32 +88,17 @@ function assertFits(code: string, limits: typeof GUARANTEED, what: string) {
   assert(threads <= limits.maxComputeInvocationsPerWorkgroup, `${what} has ${threads} threads`);
 }
 
-/** A matrix as far as kernels' code depends on it, or null where it cannot be in the format. */
+/** The outline of a matrix, or null where it cannot be in the format. */
 function matrixOf(members: number[], k: number, format: CodeGemmFormat | null): Matrix | null {
-  const n = members.reduce((sum, rows) => sum + rows, 0);
   if (format !== null) {
     if (members.length > 1 && !canStack(members)) return null;
     try {
-      checkFormat(format, "w", [n, k]);
+      checkFormat(format, "w", [total(members), k]);
     } catch {
       return null;
     }
   }
-  const order = format === null
-    ? denseOrder([n, k])
-    : codeOrder([n, k], format, undefined, members);
-  return {
-    name: `${members.join("+")} x ${k}`,
-    n,
-    k,
-    order,
-    format: format && matrixFormat(format, k),
-    members: members.map((rows, i) => ({
-      start: members.slice(0, i).reduce((sum, before) => sum + before, 0),
-      n: rows,
-    })),
-    blocks: [{ start: 0, n }],
-  } as unknown as Matrix;
+  return outlineOf(members, k, format);
 }
 
 function* matrices(): Generator<Matrix> {
@@ -122,7 +108,7 @@ function* matrices(): Generator<Matrix> {
       if (matrix !== null) yield matrix;
     }
   }
-  yield matrixOf([128_256], 8192, null)!;
+  yield outlineOf([128_256], 8192, null);
 }
 
 Deno.test("every decode kernel, with every choice of autotuning, keeps to threads and workgroup memory", () => {

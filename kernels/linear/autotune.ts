@@ -9,8 +9,9 @@ import { gaussian, seededRandom } from "../../shared/random.ts";
 import type { Gpu } from "../gpu.ts";
 import type { StepShape } from "../kernel.ts";
 import { PassTimer } from "../pass_timer.ts";
-import { decodeCode } from "./decode.ts";
-import { TrialBuffers } from "./trial.ts";
+import { isVectorOutput } from "./binding.ts";
+import { decodeProgram } from "./decode.ts";
+import { TrialBuffers, trialLayout } from "./trial.ts";
 import type { Linear, Matrix } from "./types.ts";
 import type { DecodeChoice, Variant } from "./variant.ts";
 import { decodeFamily, defaultVariant, familyBatches } from "./variant.ts";
@@ -131,7 +132,7 @@ function fastest([standard, ...trials]: Trial[]): Tuned["variant"] {
 type Runs = Map<Batch, { microseconds: number; bits: Uint32Array }>;
 
 /**
- * What a choice holds for: this adapter, the very code of all variants, and matrices of one shape.
+ * What a choice holds for: this adapter, all code that trying it runs, and matrices of one shape.
  */
 export async function tuningKey(
   gpu: Gpu,
@@ -140,20 +141,13 @@ export async function tuningKey(
   candidates: readonly DecodeChoice[] = CANDIDATES,
 ): Promise<string> {
   const standard = defaultVariant(gpu.info.software);
-  const family = matrix.format === null ? "dense" : decodeFamily(matrix.format, { decode });
-  const options = {
-    gpu,
-    matrix,
-    profile: { version: 0, decode },
-    input: { stride: matrix.k, offset: 0 },
-  };
-  const code = [{}, ...candidates].flatMap((candidate) => {
-    const variant = { ...standard, decode: candidate };
-    return familyBatches(variant, family).map((batch) =>
-      decodeCode(options, variant, batch, "partial")?.code ?? ""
-    );
-  });
-  const bytes = new TextEncoder().encode(code.join("\n"));
+  const { input, output, store } = trialLayout(matrix);
+  const options = { gpu, matrix, profile: { version: 0, decode }, input };
+  const whole = { store, vector: isVectorOutput({ output, matrix }) };
+  const programs = [{}, ...candidates].map((candidate) =>
+    decodeProgram(options, { ...standard, decode: candidate }, whole)
+  );
+  const bytes = new TextEncoder().encode(JSON.stringify(programs));
   const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
   const members = matrix.members.map(({ n }) => n).join("+");
   return `${gpu.info.name}, ${decode}, ${members} x ${matrix.k}, code ${digest.toHex()}`;

@@ -1,7 +1,10 @@
-import { assert, assertEquals } from "@std/assert";
+import { assert, assertEquals, assertNotEquals } from "@std/assert";
+import type { Gpu } from "../gpu.ts";
 import { withGpu } from "../gpu_fixture.ts";
-import { likeOne, tuneLinear } from "./autotune.ts";
+import { likeOne, tuneLinear, tuningKey } from "./autotune.ts";
+import { outlineOf } from "./decode_fixture.ts";
 import { syntheticCodes } from "./synthetic.ts";
+import type { Matrix } from "./types.ts";
 
 const FORMAT = { m: 1, v: 4, g: 32, b: 8 };
 
@@ -31,4 +34,24 @@ Deno.test("a batch that gives a row other bits than it has alone is not used", (
   assertEquals(likeOne(alike, 2), {});
   const unlike = new Map([[1, bits(7, 8)], [2, bits(7, 9, 1, 2)], [4, bits(7, 8, 3)]] as const);
   assertEquals(likeOne(unlike, 2), { batches: [1, 4] });
+});
+
+Deno.test("a choice is forgotten when what stores whole sums changes, or what puts partial ones together", async () => {
+  const limits = {
+    maxComputeInvocationsPerWorkgroup: 1024,
+    maxComputeWorkgroupStorageSize: 48 * 1024,
+  };
+  const gpu = { limits, info: { name: "a GPU", software: false } } as Gpu;
+  const key = (matrix: Matrix, decode: "codegemm" | "dequantize") => tuningKey(gpu, matrix, decode);
+  // Kernels of one split store sums themselves; an output of another width is stored in another way.
+  const whole = outlineOf([1024], 32, FORMAT);
+  const narrower = { ...whole, n: whole.n - 1 };
+  assert(whole.order.kind === "code" && whole.order.dequantize.splits === 1);
+  assertEquals(await key(whole, "dequantize"), await key({ ...whole }, "dequantize"));
+  assertNotEquals(await key(whole, "dequantize"), await key(narrower, "dequantize"));
+  // Of kernels with Psumbooks, only what puts the splits together knows of slices.
+  const split = outlineOf([1024], 8192, FORMAT);
+  const order = { ...split.order, slices: split.order.slices + 1 } as Matrix["order"];
+  assert(order.splits > 1);
+  assertNotEquals(await key(split, "codegemm"), await key({ ...split, order }, "codegemm"));
 });

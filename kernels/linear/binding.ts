@@ -102,7 +102,7 @@ export function isVectorInput(
 
 /** Whether the output can be bound as vectors of 4. */
 export function isVectorOutput(
-  { output, matrix: { n } }: Pick<LinearOptions, "output"> & { matrix: { n: number } },
+  { output, matrix: { n } }: { output: { stride: number; offset: number }; matrix: { n: number } },
 ): boolean {
   return [output.stride, output.offset, n].every((elements) => elements % 4 === 0);
 }

@@ -50,10 +50,26 @@ export interface DecodeCode {
   finishes: boolean;
 }
 
-interface DecodeKernel extends Omit<DecodeCode, "code"> {
-  batch: Batch;
-  pipeline: GPUComputePipeline;
+/** Code that runs behind the sums of a kernel. */
+interface ReduceCode {
+  code: string;
+  /** Rows of N of a workgroup. */
+  columns: number;
 }
+
+/** All code of the decode rows of a layer. */
+export interface DecodeProgram {
+  /** By rising batch; none where none fits into workgroup memory. */
+  kernels: (DecodeCode & { batch: Batch })[];
+  /** Behind partial sums; and behind whole ones that a kernel could not finish. */
+  reduce: ReduceCode | null;
+  finish: ReduceCode | null;
+}
+
+/** Code, compiled. */
+type Compiled<C extends { code: string }> = Omit<C, "code"> & { pipeline: GPUComputePipeline };
+
+type DecodeKernel = Compiled<DecodeCode & { batch: Batch }>;
 
 /** One chunk of rows of one binding block: what to set and dispatch. */
 interface DecodeDispatch {
@@ -65,21 +81,13 @@ interface DecodeDispatch {
   n: number;
 }
 
-/** A pipeline behind the sums of a kernel, and the columns of its workgroups. */
-interface Reduction {
-  pipeline: GPUComputePipeline;
-  columns: number;
-}
-
-/** The decode rows of a range, planned. */
+/** The decode rows of a range, planned: their {@linkcode DecodeProgram}, compiled and bound. */
 export interface DecodePlan {
   /** Rows of one chunk. */
   chunkRows: number;
-  /** By rising batch. */
   kernels: DecodeKernel[];
-  /** Behind partial sums; and behind whole ones that a kernel could not finish. */
-  reduce: Reduction | null;
-  finish: Reduction | null;
+  reduce: Compiled<ReduceCode> | null;
+  finish: Compiled<ReduceCode> | null;
   /** `[chunk][binding block]` */
   chunks: DecodeDispatch[][];
 }
@@ -103,50 +111,43 @@ export async function planDecode(
   uniforms: Uniforms,
 ): Promise<DecodePlan> {
   const { gpu, label, matrix, step, input, output, scratch, store, maxRows } = options;
-  const splits = layerSplits(options);
   const chunkRows = rowsOfChunk(options);
   const finish = range === "decode" && canFinish(options) ? options.finish : undefined;
   const whole: Output = { store, vector: isVectorOutput(options), finish };
   const bindings = matrix.order.kind === "code" ? CODE_BINDINGS : DENSE_BINDINGS;
   const finishBindings = [...bindings, ...finish?.bindings ?? []];
+  const reduceBindings = [...REDUCE_BINDINGS, ...finish?.bindings ?? []];
 
-  const kernels: DecodeKernel[] = [];
-  const family = matrix.format === null ? "dense" : decodeFamily(matrix.format, options.profile);
-  for (const batch of familyBatches(variant, family)) {
-    const made = batch > chunkRows ? null : decodeCode(options, variant, batch, whole);
-    if (made === null) continue;
-    const { code, ...dispatched } = made;
-    const pipeline = await gpu.pipeline({
-      label: `${label} x${batch}`,
-      code,
-      bindings: made.finishes ? finishBindings : bindings,
-    });
-    kernels.push({ batch, pipeline, ...dispatched });
-  }
-  if (kernels.length === 0) {
+  const batches = variant.batches.filter((batch) => batch <= chunkRows);
+  const program = decodeProgram(options, { ...variant, batches }, whole);
+  if (program.kernels.length === 0) {
     throw new FleetError(
       "gpu",
       `${matrix.name} needs more workgroup memory than the ` +
         `${gpu.limits.maxComputeWorkgroupStorageSize} bytes that ${gpu.info.name} offers`,
     );
   }
-
-  const reduceBindings = [...REDUCE_BINDINGS, ...finish?.bindings ?? []];
-  const reduction = async (order: ReduceOrder): Promise<Reduction> => ({
-    pipeline: await gpu.pipeline({
+  const kernels: DecodeKernel[] = [];
+  for (const { code, ...kernel } of program.kernels) {
+    const pipeline = await gpu.pipeline({
+      label: `${label} x${kernel.batch}`,
+      code,
+      bindings: kernel.finishes ? finishBindings : bindings,
+    });
+    kernels.push({ ...kernel, pipeline });
+  }
+  const compiled = async (reduction: ReduceCode | null) => {
+    if (reduction === null) return null;
+    const { code, columns } = reduction;
+    const pipeline = await gpu.pipeline({
       label: `${label} reduce`,
-      code: reduceWgsl(order, whole),
+      code,
       bindings: reduceBindings,
-    }),
-    columns: reduceColumns(order, whole),
-  });
-  const reduce = kernels.some(({ splitGroups }) => splitGroups > 1)
-    ? await reduction(splits)
-    : null;
-  const finishing =
-    finish && kernels.some(({ splitGroups, finishes }) => splitGroups === 1 && !finishes)
-      ? await reduction({ splits: 1, slices: 1 })
-      : null;
+    });
+    return { pipeline, columns };
+  };
+  const reduce = await compiled(program.reduce);
+  const finishing = await compiled(program.finish);
 
   const finishes = kernels.some((kernel) => kernel.finishes);
   const chunks: DecodeDispatch[][] = [];
@@ -225,10 +226,40 @@ function kernelFor(kernels: readonly DecodeKernel[], rows: number): DecodeKernel
     .reduce((best, kernel) => computed(kernel) <= computed(best) ? kernel : best);
 }
 
-/** What decides a decode kernel's code, beside variant, batch and target. */
+/** What decides the code of decode rows, beside variant, batch and target. */
 type DecodeOptions = Pick<LinearOptions, "gpu" | "matrix" | "profile"> & {
   input: Pick<RowsView, "stride" | "offset">;
 };
+
+/**
+ * All code of a layer's decode rows in the batches of a variant.
+ *
+ * @param whole where whole sums go
+ */
+export function decodeProgram(
+  options: DecodeOptions,
+  variant: Variant,
+  whole: Output,
+): DecodeProgram {
+  const { format } = options.matrix;
+  const family = format === null ? "dense" : decodeFamily(format, options.profile);
+  const kernels = familyBatches(variant, family).flatMap((batch) => {
+    const made = decodeCode(options, variant, batch, whole);
+    return made === null ? [] : [{ batch, ...made }];
+  });
+  const reduction = (order: ReduceOrder): ReduceCode => ({
+    code: reduceWgsl(order, whole),
+    columns: reduceColumns(order, whole),
+  });
+  const partial = kernels.some(({ splitGroups }) => splitGroups > 1);
+  const unfinished = whole.finish !== undefined &&
+    kernels.some(({ splitGroups, finishes }) => splitGroups === 1 && !finishes);
+  return {
+    kernels,
+    reduce: partial ? reduction(layerSplits(options)) : null,
+    finish: unfinished ? reduction({ splits: 1, slices: 1 }) : null,
+  };
+}
 
 /**
  * A decode kernel, or null when it does not fit into workgroup memory.
@@ -240,12 +271,12 @@ export function decodeCode(
   options: DecodeOptions,
   variant: Variant,
   batch: Batch,
-  whole: Output | "partial",
+  whole: Output,
 ): DecodeCode | null {
   const { gpu: { limits }, matrix: { order, format, members, blocks }, profile } = options;
   const workgroupBytes = limits.maxComputeWorkgroupStorageSize;
-  const finish = whole === "partial" ? undefined : whole.finish;
-  const stored: Target = whole === "partial" || finish ? "partial" : whole.store;
+  const { finish } = whole;
+  const stored: Target = finish ? "partial" : whole.store;
   if (order.kind === "dense") {
     if (denseKernelBytes(batch) > workgroupBytes) return null;
     const target = order.splits > 1 ? "partial" : stored;

@@ -5,7 +5,9 @@
  */
 import { parseFormatName } from "../../shared/checkpoint/mod.ts";
 import { invariant } from "../../shared/errors.ts";
-import type { CodeGemmFormat } from "../../shared/model_config.ts";
+import { type CodeGemmFormat, matrixFormat } from "../../shared/model_config.ts";
+import { codeOrder, denseOrder } from "./order.ts";
+import type { Matrix } from "./types.ts";
 
 /** Stacks of N, and K: Llama-3 70B's, 8B's, then small and uneven ones. */
 export const SHAPES: readonly [members: number[], k: number][] = [
@@ -38,4 +40,19 @@ export function formatOf(name: string): CodeGemmFormat {
 /** Rows of N of a stack. */
 export function total(members: readonly number[]): number {
   return members.reduce((sum, rows) => sum + rows, 0);
+}
+
+/** A matrix, or a stack, as far as the code of kernels depends on it: without its weights. */
+export function outlineOf(members: number[], k: number, format: CodeGemmFormat | null): Matrix {
+  const n = total(members);
+  const shape = [n, k] as const;
+  return {
+    name: `${members.join("+")} x ${k}`,
+    n,
+    k,
+    order: format === null ? denseOrder(shape) : codeOrder(shape, format, undefined, members),
+    format: format && matrixFormat(format, k),
+    members: members.map((rows, i) => ({ start: total(members.slice(0, i)), n: rows })),
+    blocks: [{ start: 0, n }],
+  } as unknown as Matrix;
 }

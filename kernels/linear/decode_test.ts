@@ -1,22 +1,13 @@
 import { assertEquals } from "@std/assert";
 import type { Gpu } from "../gpu.ts";
 import { decodeCode } from "./decode.ts";
-import { codeOrder } from "./order.ts";
-import type { Matrix, PairFinish } from "./types.ts";
+import { outlineOf } from "./decode_fixture.ts";
+import type { PairFinish } from "./types.ts";
 import { defaultVariant } from "./variant.ts";
 
 Deno.test("pairs are finished behind the sums where an adapter has too few bindings for both in a kernel", () => {
   const format = { m: 1, v: 4, g: 128, b: 8 };
-  const [n, k] = [1024, 1024];
-  const matrix = {
-    name: "w",
-    n,
-    k,
-    format,
-    order: codeOrder([n, k], format),
-    blocks: [{ start: 0, n }],
-    members: [{ start: 0, n }],
-  } as unknown as Matrix;
+  const matrix = outlineOf([1024], 1024, format);
   const finish: PairFinish = {
     half: 4,
     code: () => "fn finish(row: u32, n: u32, first: vec4<f32>, second: vec4<f32>) {}",
@@ -35,7 +26,7 @@ Deno.test("pairs are finished behind the sums where an adapter has too few bindi
         gpu: { limits } as Gpu,
         matrix,
         profile: { version: 0, decode: "dequantize" },
-        input: { stride: k, offset: 0 },
+        input: { stride: matrix.k, offset: 0 },
       },
       defaultVariant(false),
       1,

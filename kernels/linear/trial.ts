@@ -11,6 +11,15 @@ import { createLinear } from "./linear.ts";
 import type { Linear, Matrix } from "./types.ts";
 import type { Variant } from "./variant.ts";
 
+/** How rows lie in the buffers of trials, and what becomes of their sums. */
+export function trialLayout({ n, k }: Pick<Matrix, "n" | "k">) {
+  return {
+    input: { stride: k, offset: 0 },
+    output: { stride: n, offset: 0 },
+    store: "store",
+  } as const;
+}
+
 /** What a matrix is bound for. */
 export interface TrialRun {
   label: string;
@@ -55,14 +64,15 @@ export class TrialBuffers {
    * @throws FleetError `gpu` as `createLinear` does
    */
   bind(matrix: Matrix, { label, range, decode, variant }: TrialRun): Promise<Linear> {
+    const { input, output, store } = trialLayout(matrix);
     return createLinear({
       gpu: this.#gpu,
       label,
       matrix,
       step: this.#step,
-      input: { buffer: this.#input, stride: matrix.k, offset: 0 },
-      output: { buffer: this.output, stride: matrix.n, offset: 0 },
-      store: "store",
+      input: { buffer: this.#input, ...input },
+      output: { buffer: this.output, ...output },
+      store,
       maxRows: this.#rows,
       scratch: this.#scratch,
       ranges: [range],
