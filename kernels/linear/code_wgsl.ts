@@ -26,7 +26,7 @@ import { rolledDequantize, rolledPsumbook } from "./code_rolled_wgsl.ts";
 import { centroidType, unrolledDequantize } from "./code_unrolled_wgsl.ts";
 import { familyOrder } from "./order.ts";
 import type { BatchLanes } from "./wgsl.ts";
-import { batchLanes, HEADER_WGSL, putWgsl, times } from "./wgsl.ts";
+import { batchLanes, batchRowsWgsl, HEADER_WGSL, putWgsl, times } from "./wgsl.ts";
 
 /** The kernel's code; dispatched over (row blocks, splits, batches of rows). */
 export function codeKernelWgsl(kernel: CodeKernel): string {
@@ -69,16 +69,7 @@ fn main(
   let quad = (workgroup.x % ${workgroups}u) * ${threads * rowsPerThread / 4}u + lane;
   let split = workgroup.y;
   let book = book_of(block);
-  let rows = range_rows();
-  let first = params.row_base + workgroup.z * ${batch}u;
-  if (first >= rows) { return; }
-${
-    // Places past the last row compute it again and store nothing: no stale row is ever read.
-    times(
-      batch,
-      (b) =>
-        `  let x${b} = params.x_offset + (range_start() + min(first + ${b}u, rows - 1u)) * params.x_stride;`,
-    )}
+${batchRowsWgsl(batch)}
 ${
     times(rowsPerThread, (r) =>
       times(lanes.vectors, (j) => `  var acc${r}_${j} = ${lanes.type("f32")}(0.0);`))

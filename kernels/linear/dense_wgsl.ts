@@ -7,7 +7,7 @@
  */
 import { DENSE_K_ALIGN, DENSE_OCTET, DENSE_ROW_BLOCK, DENSE_TILE_K } from "./order.ts";
 import type { Batch, Target } from "./wgsl.ts";
-import { batchLanes, HEADER_WGSL, putWgsl, spread, times } from "./wgsl.ts";
+import { batchLanes, batchRowsWgsl, HEADER_WGSL, putWgsl, spread, times } from "./wgsl.ts";
 
 /** What a decode kernel of a dense matrix is generated from. */
 export interface DenseKernel {
@@ -91,13 +91,7 @@ fn main(
 ) {
   let block = workgroup.x;
   let split = workgroup.y;
-  let rows = range_rows();
-  let first = params.row_base + workgroup.z * ${batch}u;
-  if (first >= rows) { return; }
-${
-    times(batch, (b) =>
-      `  let x${b} = params.x_offset + (range_start() + min(first + ${b}u, rows - 1u)) * params.x_stride;`)
-  }
+${batchRowsWgsl(batch)}
 ${times(rowsPerThread, (r) => times(lanes.vectors, (j) => `  var acc${r}_${j} = ${vector}(0.0);`))}
   let octets = (params.k + ${DENSE_K_ALIGN - 1}u) / ${DENSE_K_ALIGN}u * ${OCTETS_PER_TURN}u;
   let end = min((split + 1u) * params.split_units * ${DENSE_TILE_K}u, octets * ${DENSE_OCTET}u);

@@ -24,7 +24,7 @@ import { leaveWgsl, sumsWgsl } from "./dequantize_sums_wgsl.ts";
 import { FLOAT16_PAIR_K } from "./order.ts";
 import { type Output, outputWgsl } from "./output_wgsl.ts";
 import { eachScale, eachWord, scaleOf, threadRowsWgsl, wordOf } from "./thread_rows_wgsl.ts";
-import { HEADER_WGSL, times } from "./wgsl.ts";
+import { batchRowsWgsl, HEADER_WGSL, times } from "./wgsl.ts";
 
 const OUTPUT_BINDING = 6;
 
@@ -62,11 +62,7 @@ fn main(
   @builtin(local_invocation_index) lane: u32,
   @builtin(workgroup_id) workgroup: vec3<u32>,
 ) {
-  let rows = range_rows();
-  let first = params.row_base + workgroup.z * ${batch}u;
-  if (first >= rows) { return; }
-  // Places past the last row compute it again and store nothing: no stale row is ever read.
-${times(batch, (b) => `  let x${b} = input_of(min(first + ${b}u, rows - 1u));`)}
+${batchRowsWgsl(batch, (row) => `input_of(${row})`)}
 ${threadRowsWgsl(kernel, lanes, `lane % ${lanes}u`)}
   let split = workgroup.y * ${splits}u + lane / ${lanes}u;
   let start = split * ${splitPositions(order)}u;

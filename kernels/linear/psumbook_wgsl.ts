@@ -32,7 +32,7 @@ import {
   threadEntries,
 } from "./psumbook_kernel.ts";
 import { eachScale, eachWord, scaleOf, threadRowsWgsl, wordOf } from "./thread_rows_wgsl.ts";
-import { batchLanes, HEADER_WGSL, putWgsl, type Target, times } from "./wgsl.ts";
+import { batchLanes, batchRowsWgsl, HEADER_WGSL, putWgsl, type Target, times } from "./wgsl.ts";
 
 /** Products of two neighbours along K that may be summed in float16. */
 const CHAIN = FLOAT16_SUM / 2;
@@ -71,14 +71,7 @@ fn main(
   @builtin(local_invocation_index) lane: u32,
   @builtin(workgroup_id) workgroup: vec3<u32>,
 ) {
-  let rows = range_rows();
-  let first = params.row_base + workgroup.z * ${batch}u;
-  if (first >= rows) { return; }
-  // Places past the last row compute it again and store nothing: no stale row is ever read.
-${
-    times(batch, (b) =>
-      `  let x${b} = params.x_offset + (range_start() + min(first + ${b}u, rows - 1u)) * params.x_stride;`)
-  }
+${batchRowsWgsl(batch)}
 ${threadRowsWgsl(kernel, threads, "lane")}
   let split = workgroup.y;
   let first_turn = split * params.split_units * ${turns}u;

@@ -124,6 +124,23 @@ export function batchLanes(batch: Batch): BatchLanes {
   };
 }
 
+/**
+ * Statements that decode kernels begin with: `rows` of the range, the `first` one of this workgroup's
+ * batch, and for each of its places where the row's input begins, `x<place>`. Places past the last row
+ * compute it again, and must store nothing: no stale row is ever read.
+ *
+ * @param inputAt WGSL of where the input of a row of the range begins, by default in elements
+ */
+export function batchRowsWgsl(
+  batch: Batch,
+  inputAt = (row: string) => `params.x_offset + (range_start() + ${row}) * params.x_stride`,
+): string {
+  return `  let rows = range_rows();
+  let first = params.row_base + workgroup.z * ${batch}u;
+  if (first >= rows) { return; }
+${times(batch, (b) => `  let x${b} = ${inputAt(`min(first + ${b}u, rows - 1u)`)};`)}`;
+}
+
 /** `count` strings. */
 export function times(count: number, make: (i: number) => string): string {
   return Array.from({ length: count }, (_, i) => make(i)).join("\n");
