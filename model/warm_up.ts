@@ -6,7 +6,7 @@
  *
  * @module
  */
-import { defaultVariant } from "../kernels/mod.ts";
+import { defaultVariant, mostRows } from "../kernels/mod.ts";
 import { GREEDY, type RowRequest, type SamplingParams, type StepBatch } from "../shared/frames.ts";
 import { LIMITS } from "../shared/limits.ts";
 import type { StageLimits } from "../shared/protocol.ts";
@@ -36,7 +36,7 @@ function warmUpRows(limits: StageLimits, software: boolean) {
   const sequences = Math.min(maxRows, maxSequences, pages);
   const positions = Math.min(maxRows, contextTokens, pages * LIMITS.pageTokens);
   const decode = new Set(batches.map((rows) => Math.min(rows, sequences)));
-  const prefill = [1, ...prefillTiles.slice(0, -1).map(({ rows }) => rows + 1)]
+  const prefill = [1, ...prefillTiles.slice(0, -1).map((tile) => mostRows(tile) + 1)]
     .filter((rows) => rows <= positions);
   return [
     ...[...decode].map((rows) => ({ decode: rows, prefill: 0 })),

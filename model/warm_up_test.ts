@@ -1,5 +1,5 @@
 import { assertEquals } from "@std/assert";
-import { defaultVariant } from "../kernels/mod.ts";
+import { defaultVariant, kernelFor, mostRows } from "../kernels/mod.ts";
 import type { StepBatch } from "../shared/frames.ts";
 import type { StageSteps, Ticket } from "./stage_spec.ts";
 import { tinyConfig } from "./testing/random_model.ts";
@@ -67,9 +67,10 @@ Deno.test("warm-up runs every decode batch and prefill tile, with as many output
 Deno.test("no step that the limits allow runs a linear kernel that warm-up has not", async () => {
   for (const software of [true, false]) {
     const { batches, prefillTiles } = defaultVariant(software);
-    const batchOf = (rows: number) => batches.find((batch) => batch >= rows) ?? batches.at(-1)!;
+    const kernels = batches.map((batch) => ({ batch }));
+    const batchOf = (rows: number) => kernelFor(kernels, rows).batch;
     const tileOf = (rows: number) =>
-      prefillTiles.find((tile) => tile.rows >= rows) ?? prefillTiles.at(-1)!;
+      prefillTiles.find((tile) => mostRows(tile) >= rows) ?? prefillTiles.at(-1)!;
     for (const most of [1, 2, 3, 8, 9, 15, 16, 17, 40, 64]) {
       const all = Array.from({ length: most }, (_, i) => i + 1);
       const { decode, prefill } = await warmedRows({ maxRows: most, maxSequences: most }, software);

@@ -31,7 +31,7 @@ import { psumbookKernelWgsl } from "./psumbook_wgsl.ts";
 import { REDUCE_BINDINGS, reduceColumns, type ReduceOrder, reduceWgsl } from "./reduce_wgsl.ts";
 import type { LinearOptions, Matrix, PairFinish } from "./types.ts";
 import type { DecodeChoice, Variant } from "./variant.ts";
-import { choiceOf, codeThreads, decodeFamily, familyBatches } from "./variant.ts";
+import { choiceOf, codeThreads, decodeFamily, familyBatches, kernelFor } from "./variant.ts";
 import type { Batch, Target } from "./wgsl.ts";
 
 const CODE_BINDINGS = ["uniform", "uniform", "read", "read", "read", "read", "write"] as const;
@@ -211,19 +211,6 @@ export function encodeDecode(
       }
     }
   }
-}
-
-/**
- * The kernel for so many rows: the smallest that takes them at once. Else, of the largest and those half
- * as large, the one that computes the fewest rows that are not there; the larger of equals.
- */
-function kernelFor(kernels: readonly DecodeKernel[], rows: number): DecodeKernel {
-  const atOnce = kernels.find(({ batch }) => batch >= rows);
-  if (atOnce) return atOnce;
-  const largest = kernels.at(-1)!;
-  const computed = ({ batch }: DecodeKernel) => Math.ceil(rows / batch) * batch;
-  return kernels.filter(({ batch }) => 2 * batch >= largest.batch)
-    .reduce((best, kernel) => computed(kernel) <= computed(best) ? kernel : best);
 }
 
 /** What decides the code of decode rows, beside variant, batch and target. */

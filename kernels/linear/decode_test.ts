@@ -3,7 +3,8 @@ import type { Gpu } from "../gpu.ts";
 import { decodeCode } from "./decode.ts";
 import { outlineOf } from "./decode_fixture.ts";
 import type { PairFinish } from "./types.ts";
-import { defaultVariant } from "./variant.ts";
+import { defaultVariant, kernelFor } from "./variant.ts";
+import { type Batch, BATCHES } from "./wgsl.ts";
 
 Deno.test("pairs are finished behind the sums where an adapter has too few bindings for both in a kernel", () => {
   const format = { m: 1, v: 4, g: 128, b: 8 };
@@ -36,4 +37,16 @@ Deno.test("pairs are finished behind the sums where an adapter has too few bindi
     assertEquals(made.code.includes("fn finish("), finishes);
     assertEquals(made.splitGroups, 1);
   }
+});
+
+Deno.test("rows run in the smallest batch that holds them, else in a large one that wastes least", () => {
+  const batchOf = (batches: readonly Batch[], rows: number) =>
+    kernelFor(batches.map((batch) => ({ batch })), rows).batch;
+  const on = (batches: readonly Batch[], ...rows: number[]) =>
+    rows.map((count) => batchOf(batches, count));
+  assertEquals(on(BATCHES, 1, 2, 3, 5, 9, 16), [1, 2, 4, 8, 16, 16]);
+  // 24 rows are three times eight, 17 to 23 as many; 25 are twice sixteen, as four times eight.
+  assertEquals(on(BATCHES, 17, 24, 25, 32, 33, 40, 41), [8, 8, 16, 16, 8, 8, 16]);
+  assertEquals(on([1, 2, 4], 5, 6, 7, 8), [2, 2, 4, 4]);
+  assertEquals(on([1, 4], 2, 5, 64), [4, 4, 4]);
 });

@@ -10,7 +10,7 @@ export { isStackable, loadMatrix, loadStack, matrixBytes } from "./matrix.ts";
 export type { LoadOptions, StackMember } from "./matrix.ts";
 export { canStack } from "./order.ts";
 export { holdableTiles } from "./prefill.ts";
-export { PREFILL_TILES, type PrefillTile, tileName } from "./prefill_tile.ts";
+export { mostRows, PREFILL_TILES, type PrefillTile, tileName } from "./prefill_tile.ts";
 export { randomTensors } from "./random_tensors.ts";
 export { syntheticCodes, syntheticDense } from "./synthetic.ts";
 export type {
@@ -22,6 +22,6 @@ export type {
   PairFinish,
 } from "./types.ts";
 export { TrialBuffers } from "./trial.ts";
-export { defaultVariant } from "./variant.ts";
+export { defaultVariant, kernelFor } from "./variant.ts";
 export type { Variant } from "./variant.ts";
 export { BATCHES } from "./wgsl.ts";

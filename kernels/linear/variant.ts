@@ -30,8 +30,8 @@ export interface DecodeChoice {
 /** A choice of kernel shapes for one linear layer. */
 export interface Variant {
   /**
-   * Rows that a decode workgroup takes at once, rising: a step takes the smallest that holds its
-   * rows, else the largest, repeatedly. Those that do not fit into workgroup memory are left out.
+   * Rows that a decode workgroup takes at once, rising: a step takes one of them, repeatedly where it
+   * has more rows ({@linkcode kernelFor}). Those that do not fit into workgroup memory are left out.
    */
   batches: readonly Batch[];
   /** Decode kernels of CodeGEMM matrices: all of them, and those of one batch beside or instead. */
@@ -39,7 +39,7 @@ export interface Variant {
   byBatch?: Readonly<Partial<Record<Batch, DecodeChoice>>>;
   /** Straight code in place of loops: faster on a GPU, many seconds to compile for a CPU. */
   unroll: boolean;
-  /** Rows of N that a thread of a dense decode kernel holds. */
+  /** Rows of N that a thread of a dense decode kernel holds, at least; of many rows it holds two. */
   denseRowsPerThread: 1 | 2 | 4;
   /** By rising rows: a step takes the first tile that is for as many rows as it has, else the last. */
   prefillTiles: readonly PrefillTile[];
@@ -48,6 +48,21 @@ export interface Variant {
 /** What a variant says of one batch. */
 export function choiceOf({ decode, byBatch }: Variant, batch: Batch): DecodeChoice {
   return { ...decode, ...byBatch?.[batch] };
+}
+
+/**
+ * The kernel for so many rows: the smallest that takes them at once. Else, of the largest and those half
+ * as large, the one that computes the fewest rows that are not there; the larger of equals.
+ *
+ * @param kernels by rising batch, at least one
+ */
+export function kernelFor<K extends { batch: Batch }>(kernels: readonly K[], rows: number): K {
+  const atOnce = kernels.find(({ batch }) => batch >= rows);
+  if (atOnce) return atOnce;
+  const largest = kernels.at(-1)!;
+  const computed = ({ batch }: K) => Math.ceil(rows / batch) * batch;
+  return kernels.filter(({ batch }) => 2 * batch >= largest.batch)
+    .reduce((best, kernel) => computed(kernel) <= computed(best) ? kernel : best);
 }
 
 /** The variant of an adapter until autotuning says better. */
