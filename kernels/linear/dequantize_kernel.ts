@@ -60,7 +60,7 @@ const TALL_LOCAL_K = 128;
  */
 const SHARED_BYTES = 48 * 1024;
 const SHARED_THREADS = 512;
-/** Fewer splits than this come from many rows of N. */
+/** No more splits than this come from many rows of N. */
 const FEW_SPLITS = 8;
 /** Four schedulers of 32 lanes each. */
 const THREAD_STEP = 128;

@@ -8,7 +8,7 @@ import { invariant } from "../../shared/errors.ts";
 import { type CodeGemmFormat, codesPerWord } from "../../shared/model_config.ts";
 import { centroidCount } from "./code_words_wgsl.ts";
 import type { CodeOrder } from "./order.ts";
-import { DENSE_K_ALIGN, largestDivisor, lcm, roundUp } from "./order.ts";
+import { DENSE_K_ALIGN, FLOAT16_SUM, largestDivisor, lcm, roundUp } from "./order.ts";
 import type { MatrixShape } from "./types.ts";
 
 /** The tile of outputs of a workgroup. None of this changes a bit of the result. */
@@ -93,9 +93,7 @@ export interface TileK {
   quads: number;
 }
 
-/** Consecutive K whose products are summed in float16 (DESIGN). */
-export const CHAIN_K = 16;
-const CHAIN_QUADS = CHAIN_K / 4;
+const CHAIN_QUADS = FLOAT16_SUM / 4;
 const DEFAULT_DEPTH = 32;
 const DEFAULT_COPIES = 4;
 /** Above it, the vectors of a code word are too much for a tile. */
@@ -114,8 +112,8 @@ export function prefillThreads(tile: PrefillTile): number {
 
 /** K that a group of a CodeGEMM matrix has: whole codes of one scale, or whole chains of one code. */
 export function prefillGroupK({ format: { v }, order }: PrefillCode): number {
-  if (v > CHAIN_K && v % CHAIN_K === 0) return CHAIN_K;
-  return v * largestDivisor(order.scalePositions, Math.max(1, Math.floor(CHAIN_K / v)), 1);
+  if (v > FLOAT16_SUM && v % FLOAT16_SUM === 0) return FLOAT16_SUM;
+  return v * largestDivisor(order.scalePositions, Math.max(1, Math.floor(FLOAT16_SUM / v)), 1);
 }
 
 /** The sums of a prefill output over K: each on its own, then one after the other. */
