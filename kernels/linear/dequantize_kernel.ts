@@ -25,8 +25,11 @@ export interface DequantizeKernel {
   rowsPerThread: number;
   /** Positions whose code words a thread has in registers: they divide every split. */
   turnPositions: number;
-  /** Code words are loaded a turn ahead: less waiting, more registers. */
-  prefetch: boolean;
+  /**
+   * Code words are loaded a turn ahead, for less waiting: all at its beginning, which takes registers
+   * for two turns; or, with their scales, each over one whose codes have been used.
+   */
+  prefetch: "none" | "all" | "over";
   /** Turns of a split whose activations stand in workgroup memory at a time; 0: none ever do. */
   inputTurns: number;
   /**
@@ -95,7 +98,9 @@ export function holdsPairs(kernel: DequantizeKernel, half: number): boolean {
 }
 
 /** Threads of a workgroup. */
-export function dequantizeThreads({ splits, lanes }: DequantizeKernel): number {
+export function dequantizeThreads(
+  { splits, lanes }: Pick<DequantizeKernel, "splits" | "lanes">,
+): number {
   return splits * lanes;
 }
 
@@ -138,15 +143,18 @@ export function dequantizeKernel(
     order,
     batch,
     turnPositions: turnPositions(format, order, turnK),
-    prefetch: variant.prefetch ?? (!whole && batch < MANY_SUMS_BATCH),
     gatherQuads: batch < MANY_SUMS_BATCH ? 4 : FLOAT16_PAIR_K / 4,
     packed: hasPackedDot(),
   };
   if (whole) {
-    const kernel = { ...base, ...wholeShape(order, variant, room), inputTurns: 0 };
-    return fit({ ...kernel, copies: MAX_COPIES }, room);
+    const shape = wholeShape(order, variant, room);
+    const ahead = variant.prefetch ?? dequantizeThreads(shape) <= SHARED_THREADS;
+    const prefetch = ahead ? "over" as const : "none" as const;
+    return fit({ ...base, ...shape, prefetch, inputTurns: 0, copies: MAX_COPIES }, room);
   }
-  const kernel = { ...base, ...splitShape(base, variant, room) };
+  const ahead = variant.prefetch ?? batch < MANY_SUMS_BATCH;
+  const prefetch = ahead ? "all" as const : "none" as const;
+  const kernel = { ...base, ...splitShape(base, variant, room), prefetch };
   return fit(kernel, room) ?? fit({ ...kernel, inputTurns: 0 }, room);
 }
 

@@ -69,7 +69,7 @@ ${threadRowsWgsl(kernel, lanes, `lane % ${lanes}u`)}
   let turns = (min((split + 1u) * params.split_units, params.units) * ${order.dequantize.unitPositions}u - start)
     / ${kernel.turnPositions}u;
   var position = start;
-${kernel.prefetch ? loadWords(kernel, "position", (name) => `var next${name}`) : ""}
+${firstWords(kernel)}
   let copy = lane & ${kernel.copies - 1}u;
 ${fillTables(kernel)}
 ${kernel.inputTurns > 0 ? "" : "  workgroupBarrier();"}
@@ -152,25 +152,54 @@ ${turn(kernel)}
   }`;
 }
 
+/** What is loaded ahead of the first turn. */
+function firstWords(kernel: DequantizeKernel): string {
+  switch (kernel.prefetch) {
+    case "none":
+      return "";
+    case "all":
+      return loadWords(kernel, "position", (name) => `var next${name}`);
+    case "over":
+      return loadWords(kernel, "position", (name) => `var w${name}`) + "\n" +
+        loadScales(kernel, "position", (name) => `var next_scale${name}`);
+  }
+}
+
 /** Positions `[position, position + turnPositions)`. */
 function turn(kernel: DequantizeKernel): string {
   const { format: { v }, order, turnPositions, inputTurns, prefetch } = kernel;
-  const parts = prefetch
-    ? [
-      eachWord(kernel, (name) => `let w${name} = next${name};`),
-      `{ let next = select(position, position + ${turnPositions}u, turn + 1u < turns);`,
-      loadWords(kernel, "next", (name) => `next${name}`),
-      "}",
-    ]
-    : [loadWords(kernel, "position", (name) => `let w${name}`)];
-  parts.push(loadScales(kernel));
+  const parts = prefetch === "none" ? [] : [
+    `let next = select(position, position + ${turnPositions}u, turn + 1u < turns);`,
+  ];
+  switch (prefetch) {
+    case "none":
+      parts.push(loadWords(kernel, "position", (name) => `let w${name}`));
+      break;
+    case "all":
+      parts.push(eachWord(kernel, (name) => `let w${name} = next${name};`));
+      parts.push(loadWords(kernel, "next", (name) => `next${name}`));
+      break;
+  }
+  if (prefetch === "over") {
+    parts.push(eachScale(kernel, (name) => `let scale${name} = vec4<f32>(next_scale${name});`));
+    parts.push(loadScales(kernel, "next", (name) => `next_scale${name}`));
+  } else {
+    parts.push(loadScales(kernel, "position", (name) => `let scale${name}`, "vec4<f32>"));
+  }
   if (inputTurns === 0) parts.push(`let input_quad = position * ${v / 4}u;`);
   // Products of a group of positions are summed in float16; of a longer vector in pieces.
-  const groupQuads = order.dequantize.groupPositions * v / 4;
+  const { groupPositions } = order.dequantize;
+  const groupQuads = groupPositions * v / 4;
   const pairQuads = FLOAT16_PAIR_K / 4;
-  for (let group = 0; group < turnPositions * v / 4; group += groupQuads) {
+  for (let group = 0; group < turnPositions; group += groupPositions) {
     for (let quad = 0; quad < groupQuads; quad += pairQuads) {
-      parts.push(pairs(kernel, group + quad, Math.min(pairQuads, groupQuads - quad)));
+      const first = group * v / 4 + quad;
+      parts.push(pairs(kernel, first, Math.min(pairQuads, groupQuads - quad)));
+    }
+    if (prefetch === "over") {
+      const perWord = codesPerWord(kernel.format);
+      const [from, to] = [group, group + groupPositions].map((at) => Math.floor(at / perWord));
+      parts.push(loadWords(kernel, "next", (name) => `w${name}`, from, to));
     }
   }
   parts.push(`position += ${turnPositions}u;`);
@@ -259,25 +288,34 @@ function placeOf(kernel: DequantizeKernel, position: number, r: number, k: numbe
   return codeIndex(format, word, position % codesPerWord(format), copies, "copy", packed);
 }
 
-/** The code words of the turn that begins at `position`, into what `target` names. */
+/** Code words `[from, to)` of the turn that begins at `position`, into what `target` names. */
 function loadWords(
   kernel: DequantizeKernel,
   position: string,
   target: (name: string) => string,
+  from = 0,
+  to = Infinity,
 ): string {
   const { format, order } = kernel;
   const rowQuads = order.rowBlock / 4;
   return eachWord(kernel, (name, line, t) => {
-    const word = `${position} / ${codesPerWord(format)}u * ${format.m * rowQuads}u`;
-    return `${target(name)} = codes[words${t} + ${word} + ${line * rowQuads}u];`;
+    const word = Math.floor(line / format.m);
+    if (word < from || word >= to) return "";
+    const lines = `${position} / ${codesPerWord(format)}u * ${format.m * rowQuads}u`;
+    return `${target(name)} = codes[words${t} + ${lines} + ${line * rowQuads}u];`;
   });
 }
 
-/** Scales of the turn, float32. */
-function loadScales(kernel: DequantizeKernel): string {
+/** Scales of the turn that begins at `position`, into what `target` names, as a WGSL type. */
+function loadScales(
+  kernel: DequantizeKernel,
+  position: string,
+  target: (name: string) => string,
+  type = "vec4<f16>",
+): string {
   const { scalePositions, rowBlock } = kernel.order;
-  return eachScale(kernel, (name, position, t) => {
-    const line = `(position + ${position}u) / ${scalePositions}u`;
-    return `let scale${name} = vec4<f32>(scales[scales${t} + ${line} * ${rowBlock / 4}u]);`;
+  return eachScale(kernel, (name, from, t) => {
+    const line = `(${position} + ${from}u) / ${scalePositions}u`;
+    return `${target(name)} = ${type}(scales[scales${t} + ${line} * ${rowBlock / 4}u]);`;
   });
 }
