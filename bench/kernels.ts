@@ -60,7 +60,7 @@ const HEADS: Record<string, BenchMatrix> = {
   tiny: { name: "head", members: [1000], k: 512 },
 };
 
-const FAMILIES = ["codegemm", "dequantize", "prefill"] as const;
+const FAMILIES = ["codegemm", "dequantize", "int8", "prefill"] as const;
 type Family = typeof FAMILIES[number];
 
 /** GPU work ahead of each figure. */
@@ -154,7 +154,7 @@ async function measure(
   const x = Float16Array.from({ length: rows * k }, (_, i) => Math.sin(i));
   const buffers = new TrialBuffers(gpu, copies[0], x);
   const shape = buffers.setRows(range, rows);
-  const decode = family === "dequantize" ? "dequantize" : "codegemm";
+  const decode = family === "prefill" ? "codegemm" : family;
   const label = `${n} x ${k} ${family}`;
   const linears: Linear[] = [];
   for (const matrix of copies) linears.push(await buffers.bind(matrix, { label, range, decode }));
@@ -255,7 +255,7 @@ async function main(): Promise<void> {
         default: "1024,8192",
         help: "positions of a sequence, for those",
       },
-      family: { type: "string", default: FAMILIES.join(), help: "codegemm, dequantize, prefill" },
+      family: { type: "string", default: FAMILIES.join(), help: FAMILIES.join(", ") },
       rows: { type: "string", default: "1,2,4,8,16,32,64", help: "rows of decode steps" },
       "prefill-rows": { type: "string", default: "32,256", help: "rows of prefill steps" },
       tiles: { type: "boolean", help: "time the tiles of prefill kernels only, at --prefill-rows" },
@@ -299,8 +299,10 @@ async function main(): Promise<void> {
       const copies = await makeCopies(gpu, matrix, format, cacheBytes);
       for (const family of families) {
         // Dense has one family of decode kernels; codes of more than 8 bits the dequantizing one.
-        if (format === null && family === "dequantize") continue;
-        if (format !== null && format.b > 8 && family === "codegemm") continue;
+        if (format === null && (family === "dequantize" || family === "int8")) continue;
+        if (format !== null && format.b > 8 && (family === "codegemm" || family === "int8")) {
+          continue;
+        }
         const prefillCounts = values["prefill-rows"].split(",").map(Number);
         for (const rows of family === "prefill" ? prefillCounts : rowCounts) {
           const microseconds = await measure(gpu, timer, copies, family, rows);

@@ -168,7 +168,7 @@ async function main(): Promise<void> {
     throw new FleetError("bad-usage", `--format takes dense or m1v4g128, not ${values.format}`);
   }
   const auto = fastestDecode(codegemm);
-  const families = { auto, codegemm: "codegemm", dequantize: "dequantize" } as const;
+  const families = { auto, codegemm: "codegemm", dequantize: "dequantize", int8: "int8" } as const;
   const decode = choose("decode", families, values.decode);
   const batches = integers("batch", values.batch);
   const layers = values.layers ?? shape.layers;

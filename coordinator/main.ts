@@ -176,7 +176,7 @@ function listen(
 async function main(): Promise<void> {
   const { values } = parseFlags(COMMAND);
   const objective = oneOf("objective", values.objective, ["throughput", "latency"]);
-  const family = oneOf("decode", values.decode, ["auto", "codegemm", "dequantize"]);
+  const family = oneOf("decode", values.decode, ["auto", "codegemm", "dequantize", "int8"]);
   const apiKeys = await readKeys(values["api-key-file"], values.host);
   const checkpoint = await openCheckpoint(directorySource(values.model));
   const decode = family === "auto" ? fastestDecode(checkpoint.config.codegemm) : family;

@@ -116,7 +116,7 @@ Deno.test("every decode kernel, with every choice of autotuning, keeps to thread
   for (const matrix of matrices()) {
     for (const limits of LIMITS) {
       for (const decode of ["codegemm", "dequantize"] as const) {
-        const family = matrix.format === null ? "dense" : decodeFamily(matrix.format, { decode });
+        const family = decodeFamily(matrix, { decode });
         for (const software of [false, true]) {
           const variant = defaultVariant(software);
           for (const batch of familyBatches({ ...variant, batches: BATCHES }, family)) {

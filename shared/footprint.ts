@@ -94,8 +94,10 @@ export function layerCodebookBytes({ codegemm }: ModelConfig): number {
   return codegemm === null ? 0 : LINEAR_NAMES.length * codebookBytes(codegemm);
 }
 
+/** In float16; and those of 8-bit codes in int8 beside, with a scale. */
 function codebookBytes({ m, v, b }: CodeGemmFormat): number {
-  return m * 2 ** b * v * F16;
+  const elements = m * 2 ** b * v;
+  return elements * F16 + (b === 8 ? elements + F32 : 0);
 }
 
 function matrixBytes({ codegemm }: ModelConfig, n: number, k: number): number {

@@ -124,8 +124,11 @@ export type Beat = z.infer<typeof Beat>;
 export const NumericsProfile = z.object({
   /** Raised whenever a kernel's order of operations changes. */
   version: z.number().int(),
-  /** The kernel family of decode rows of 8-bit codes; those of more bits always dequantize. */
-  decode: z.enum(["codegemm", "dequantize"]),
+  /**
+   * The kernel family of decode rows of 8-bit codes; those of more bits always dequantize. `int8`
+   * rounds activations and centroids to eight bits.
+   */
+  decode: z.enum(["codegemm", "dequantize", "int8"]),
 });
 /** What decides every bit of a row's arithmetic. */
 export type NumericsProfile = z.infer<typeof NumericsProfile>;

@@ -64,7 +64,7 @@ export async function tuneLinear(
 ): Promise<Tuned> {
   const [{ format }] = matrices;
   if (!gpu.timestamps || format === null) return { variant: {}, trials: [] };
-  const family = decodeFamily(format, { decode });
+  const family = decodeFamily(matrices[0], { decode });
   const batches = familyBatches(defaultVariant(gpu.info.software), family);
   const some = matrices.slice(0, MOST_MATRICES);
   const bench = await gpu.allocate(

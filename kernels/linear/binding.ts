@@ -69,8 +69,7 @@ function prefillRowBytes(
 export function layerSplits(
   { matrix, profile }: Pick<LinearOptions, "matrix" | "profile">,
 ): SplitOrder {
-  const { format, order } = matrix;
-  return decodeSplits(order, format === null ? "dense" : decodeFamily(format, profile));
+  return decodeSplits(matrix.order, decodeFamily(matrix, profile));
 }
 
 /** Rows that a chunk of decode rows may have: what the scratch holds, or all where none is needed. */

@@ -18,13 +18,15 @@ import { codeKernelFits, turnPositions } from "./code_kernel.ts";
 import { codeKernelWgsl } from "./code_wgsl.ts";
 import { denseKernelBytes, denseKernelWgsl } from "./dense_wgsl.ts";
 import {
-  dequantizeColumns,
-  type DequantizeKernel,
   dequantizeKernel,
   holdsPairs,
   holdsWholeSums,
+  shareColumns,
+  type WorkgroupShare,
 } from "./dequantize_kernel.ts";
 import { dequantizeKernelWgsl } from "./dequantize_wgsl.ts";
+import { int8Kernel } from "./int8_kernel.ts";
+import { int8KernelWgsl } from "./int8_wgsl.ts";
 import type { Output } from "./output_wgsl.ts";
 import { psumbookKernel, workgroupColumns } from "./psumbook_kernel.ts";
 import { psumbookKernelWgsl } from "./psumbook_wgsl.ts";
@@ -118,6 +120,9 @@ export async function planDecode(
   const finishBindings = [...bindings, ...finish?.bindings ?? []];
   const reduceBindings = [...REDUCE_BINDINGS, ...finish?.bindings ?? []];
 
+  const int8 = decodeFamily(matrix, options.profile) === "int8";
+  const books = int8 ? matrix.int8Codebooks : matrix.codebooks;
+
   const batches = variant.batches.filter((batch) => batch <= chunkRows);
   const program = decodeProgram(options, { ...variant, batches }, whole);
   if (program.kernels.length === 0) {
@@ -155,7 +160,7 @@ export async function planDecode(
     chunks.push(matrix.blocks.map((block) => {
       const params = uniforms.add(block, { row_base: base, row_cap: chunkRows, range });
       const weights = matrix.order.kind === "code"
-        ? [block.weights, matrix.codebooks!, block.scales!]
+        ? [block.weights, books!, block.scales!]
         : [block.weights];
       const into = (...target: GPUBuffer[]) =>
         bindGroup(gpu, `${label} ${range}`, target.length > 1 ? finishBindings : bindings, [
@@ -228,8 +233,7 @@ export function decodeProgram(
   variant: Variant,
   whole: Output,
 ): DecodeProgram {
-  const { format } = options.matrix;
-  const family = format === null ? "dense" : decodeFamily(format, options.profile);
+  const family = decodeFamily(options.matrix, options.profile);
   const kernels = familyBatches(variant, family).flatMap((batch) => {
     const made = decodeCode(options, variant, batch, whole);
     return made === null ? [] : [{ batch, ...made }];
@@ -270,8 +274,8 @@ export function decodeCode(
     const code = denseKernelWgsl({ batch, rowsPerThread: variant.denseRowsPerThread, target });
     return { code, columns: order.rowBlock, splitGroups: order.splits, finishes: false };
   }
-  invariant(format !== null, "a code order has a format");
-  const family = decodeFamily(format, profile);
+  const family = decodeFamily(options.matrix, profile);
+  invariant(format !== null && family !== "dense", "a code order has a format");
   const choice = choiceOf(variant, batch);
   const maxThreads = limits.maxComputeInvocationsPerWorkgroup;
   const room = {
@@ -283,22 +287,20 @@ export function decodeCode(
   if (family === "dequantize" && isVectorInput(options)) {
     const shaped = (choice: DecodeChoice) =>
       dequantizeKernel(format, order, batch, { ...variant, ...choice }, room);
-    const chosen = shaped(choice);
-    // A dispatch behind the kernel costs more than a chosen shape gains over the usual one.
-    const usual = { ...choice, codeThreads: undefined, codeRowsPerThread: undefined };
-    const finishing = finish &&
-      [chosen, shaped(usual)].find((kernel) => kernel && canFinishIn(kernel, finish, limits));
-    const kernel = finishing ?? chosen;
-    if (kernel !== null) {
-      const finishes = kernel === finishing;
-      const leaves = !holdsWholeSums(kernel) || finish && !finishes;
-      return {
-        code: dequantizeKernelWgsl(kernel, leaves ? "partial" : whole),
-        columns: dequantizeColumns(kernel),
-        splitGroups: order.dequantize.splits / kernel.splits,
-        finishes,
-      };
-    }
+    const made = sharedCode(options, shaped, choice, whole, dequantizeKernelWgsl);
+    if (made !== null) return made;
+  }
+  if (family === "int8") {
+    invariant(isVectorInput(options), "rows of a K of whole words begin at fours");
+    const shaped = (choice: DecodeChoice) =>
+      int8Kernel(format, order, batch, { ...variant, ...choice }, room);
+    return sharedCode(
+      options,
+      shaped,
+      choice,
+      whole,
+      (kernel, target) => int8KernelWgsl(kernel, members.length, target),
+    );
   }
   const { splits } = layerSplits(options);
   const target = splits > 1 ? "partial" : stored;
@@ -338,9 +340,39 @@ export function decodeCode(
   };
 }
 
+/**
+ * The code of a kernel whose workgroups may have whole sums, or null where no shape fits.
+ *
+ * @param shaped the kernel of a choice of shape
+ */
+function sharedCode<K extends WorkgroupShare>(
+  { gpu: { limits } }: DecodeOptions,
+  shaped: (choice: DecodeChoice) => K | null,
+  choice: DecodeChoice,
+  whole: Output,
+  code: (kernel: K, target: Output | "partial") => string,
+): DecodeCode | null {
+  const { finish } = whole;
+  const chosen = shaped(choice);
+  // A dispatch behind the kernel costs more than a chosen shape gains over the usual one.
+  const usual = { ...choice, codeThreads: undefined, codeRowsPerThread: undefined };
+  const finishing = finish &&
+    [chosen, shaped(usual)].find((kernel) => kernel && canFinishIn(kernel, finish, limits));
+  const kernel = finishing ?? chosen;
+  if (kernel === null) return null;
+  const finishes = kernel === finishing;
+  const leaves = !holdsWholeSums(kernel) || finish && !finishes;
+  return {
+    code: code(kernel, leaves ? "partial" : whole),
+    columns: shareColumns(kernel),
+    splitGroups: kernel.order.dequantize.splits / kernel.splits,
+    finishes,
+  };
+}
+
 /** Whether a kernel can finish its sums itself, bound to the buffers of both. */
 function canFinishIn(
-  kernel: DequantizeKernel,
+  kernel: WorkgroupShare,
   { half, bindings }: PairFinish,
   { maxStorageBuffersPerShaderStage }: GPUSupportedLimits,
 ): boolean {

@@ -5,15 +5,13 @@
  */
 import { type CodeGemmFormat, codesPerWord } from "../../shared/model_config.ts";
 import { hasPackedDot } from "./code_words_wgsl.ts";
-import type { CodeOrder } from "./order.ts";
+import type { CodeOrder, GroupOrder } from "./order.ts";
 import { FLOAT16_PAIR_K, gcd, largestDivisor, lcm, roundUp } from "./order.ts";
 import type { DecodeChoice, Variant } from "./variant.ts";
 import type { Batch } from "./wgsl.ts";
 
-/** One kernel. Nothing but format and order decides a bit of its result. */
-export interface DequantizeKernel {
-  /** 8-bit codes of vectors of a multiple of 4. */
-  format: CodeGemmFormat;
+/** How the threads of a workgroup share out rows of N and splits of K. */
+export interface WorkgroupShare {
   order: CodeOrder;
   /** Rows of the step that a workgroup takes. */
   batch: Batch;
@@ -23,6 +21,12 @@ export interface DequantizeKernel {
   lanes: number;
   /** Rows of N a thread holds: 4 or 8. */
   rowsPerThread: number;
+}
+
+/** One kernel. Nothing but format and order decides a bit of its result. */
+export interface DequantizeKernel extends WorkgroupShare {
+  /** 8-bit codes of vectors of a multiple of 4. */
+  format: CodeGemmFormat;
   /** Positions whose code words a thread has in registers: they divide every split. */
   turnPositions: number;
   /**
@@ -48,7 +52,7 @@ const MAX_COPIES = 16;
 /** With these, gathers take about as long as the products of eight rows do. */
 const FEW_COPIES = 4;
 /** From this batch on a thread has little else than sums in its registers: K is split instead. */
-const SPLIT_BATCH = 4;
+export const SPLIT_BATCH = 4;
 /** From this batch on what counts is products: threads are many, and gathers may take longer. */
 const TALL_BATCH = 8;
 /** From this batch on float32 sums leave registers neither for float16 ones nor for a turn ahead. */
@@ -70,7 +74,7 @@ const THREAD_STEP = 128;
 /** Of the H200; WebGPU does not tell. */
 const MULTIPROCESSORS = 132;
 /** Threads along N of one split below which loads of code words are too short. */
-const MIN_LANES = 8;
+export const MIN_LANES = 8;
 
 /** What limits a kernel's shape. */
 export interface KernelRoom {
@@ -83,7 +87,7 @@ export interface KernelRoom {
 }
 
 /** Whether a workgroup has whole sums, so that no partial sums go to memory. */
-export function holdsWholeSums({ splits, order }: DequantizeKernel): boolean {
+export function holdsWholeSums({ splits, order }: WorkgroupShare): boolean {
   return splits === order.dequantize.splits;
 }
 
@@ -91,21 +95,21 @@ export function holdsWholeSums({ splits, order }: DequantizeKernel): boolean {
  * Whether workgroups can finish whole sums: they have both columns of each pair, `half` apart, and
  * threads for every four pairs of all rows.
  */
-export function holdsPairs(kernel: DequantizeKernel, half: number): boolean {
-  const columns = dequantizeColumns(kernel);
+export function holdsPairs(kernel: WorkgroupShare, half: number): boolean {
+  const columns = shareColumns(kernel);
   return holdsWholeSums(kernel) && kernel.splits > 1 && columns % (2 * half) === 0 &&
-    kernel.batch * columns / 8 <= dequantizeThreads(kernel);
+    kernel.batch * columns / 8 <= shareThreads(kernel);
 }
 
 /** Threads of a workgroup. */
-export function dequantizeThreads(
-  { splits, lanes }: Pick<DequantizeKernel, "splits" | "lanes">,
+export function shareThreads(
+  { splits, lanes }: Pick<WorkgroupShare, "splits" | "lanes">,
 ): number {
   return splits * lanes;
 }
 
 /** Rows of N of a workgroup. */
-export function dequantizeColumns({ lanes, rowsPerThread }: DequantizeKernel): number {
+export function shareColumns({ lanes, rowsPerThread }: WorkgroupShare): number {
   return lanes * rowsPerThread;
 }
 
@@ -119,8 +123,13 @@ export function dequantizeBytes(kernel: DequantizeKernel): number {
   const { format: { m, v }, batch, splits, copies, turnPositions, inputTurns } = kernel;
   const tables = m * 256 * v * 2 * copies;
   const input = splits * inputTurns * turnPositions * v * 2 * batch;
-  const sums = holdsWholeSums(kernel) && splits > 1 ? splits * dequantizeColumns(kernel) * 4 : 0;
-  return tables + input + sums;
+  return tables + input + sumsBytes(kernel);
+}
+
+/** Workgroup memory in which the sums of splits meet, bytes. */
+export function sumsBytes(kernel: WorkgroupShare): number {
+  const { splits } = kernel;
+  return holdsWholeSums(kernel) && splits > 1 ? splits * shareColumns(kernel) * 4 : 0;
 }
 
 /**
@@ -142,13 +151,13 @@ export function dequantizeKernel(
     format,
     order,
     batch,
-    turnPositions: turnPositions(format, order, turnK),
+    turnPositions: turnPositions(format, order.dequantize, turnK),
     gatherQuads: batch < MANY_SUMS_BATCH ? 4 : FLOAT16_PAIR_K / 4,
     packed: hasPackedDot(),
   };
   if (whole) {
     const shape = wholeShape(order, variant, room);
-    const ahead = variant.prefetch ?? dequantizeThreads(shape) <= SHARED_THREADS;
+    const ahead = variant.prefetch ?? shareThreads(shape) <= SHARED_THREADS;
     const prefetch = ahead ? "over" as const : "none" as const;
     return fit({ ...base, ...shape, prefetch, inputTurns: 0, copies: MAX_COPIES }, room);
   }
@@ -159,7 +168,7 @@ export function dequantizeKernel(
 }
 
 /** All splits in one workgroup, and no more workgroups than a large GPU runs at once. */
-function wholeShape(order: CodeOrder, variant: DecodeChoice, room: KernelRoom) {
+export function wholeShape(order: CodeOrder, variant: DecodeChoice, room: KernelRoom) {
   const { splits } = order.dequantize;
   const rows = room.members.reduce((sum, n) => sum + n, 0);
   const rowsPerThread = variant.codeRowsPerThread ?? 4;
@@ -207,7 +216,7 @@ function splitShape(
  * A workgroup's rows of N belong to one matrix of a stack, which has one set of codebooks, wherever the
  * stack is cut into bindings.
  */
-function lanesOf(
+export function lanesOf(
   { members, bindingRows }: KernelRoom,
   rowsPerThread: number,
   wanted: number,
@@ -219,8 +228,11 @@ function lanesOf(
 }
 
 /** The largest number of positions within `wantedK` of K that divides every split. */
-function turnPositions(format: CodeGemmFormat, order: CodeOrder, wantedK: number): number {
-  const { units, splitUnits, splits, unitPositions, groupPositions } = order.dequantize;
+export function turnPositions(
+  format: CodeGemmFormat,
+  { units, splitUnits, splits, unitPositions, groupPositions }: GroupOrder,
+  wantedK: number,
+): number {
   const last = units - (splits - 1) * splitUnits;
   const every = gcd(splitUnits, last) * unitPositions;
   const step = lcm(codesPerWord(format), groupPositions);

@@ -5,12 +5,12 @@ import { withGpu } from "../gpu_fixture.ts";
 import { formatOf, ROOMS, SHAPES, total } from "./decode_fixture.ts";
 import {
   dequantizeBytes,
-  dequantizeColumns,
   type DequantizeKernel,
   dequantizeKernel,
-  dequantizeThreads,
   holdsPairs,
   holdsWholeSums,
+  shareColumns,
+  shareThreads,
   splitPositions,
 } from "./dequantize_kernel.ts";
 import { loadMatrix, loadStack } from "./matrix.ts";
@@ -44,7 +44,7 @@ function* kernels(): Generator<{ kernel: DequantizeKernel; members: number[]; ro
 
 Deno.test("a kernel keeps within the adapter's threads and workgroup memory", () => {
   for (const { kernel, room } of kernels()) {
-    assert(dequantizeThreads(kernel) <= ROOMS[room].maxThreads);
+    assert(shareThreads(kernel) <= ROOMS[room].maxThreads);
     assert(dequantizeBytes(kernel) <= ROOMS[room].workgroupBytes);
   }
 });
@@ -59,7 +59,7 @@ Deno.test("workgroups share out splits and turns evenly, and none straddles two 
     assertEquals(splitPositions(order) % turnPositions, 0);
     assertEquals(last * order.dequantize.unitPositions % turnPositions, 0);
     if (members.length === 1) continue;
-    for (const rows of members) assertEquals(rows % dequantizeColumns(kernel), 0);
+    for (const rows of members) assertEquals(rows % shareColumns(kernel), 0);
   }
 });
 
@@ -97,7 +97,7 @@ Deno.test("a workgroup holds no more activations, and has no more threads, than 
     const order = codeOrder([16384, 8192], format);
     for (const batch of [8, 16] as const) {
       const kernel = dequantizeKernel(format, order, batch, GPU_VARIANT, room)!;
-      assertEquals(dequantizeThreads(kernel), 512, `${name} x${batch}`);
+      assertEquals(shareThreads(kernel), 512, `${name} x${batch}`);
     }
   }
 });

@@ -5,35 +5,35 @@
  * @module
  */
 import {
-  dequantizeColumns,
-  type DequantizeKernel,
-  dequantizeThreads,
   holdsWholeSums,
+  shareColumns,
+  shareThreads,
+  type WorkgroupShare,
 } from "./dequantize_kernel.ts";
 import type { Output } from "./output_wgsl.ts";
 import type { PairFinish } from "./types.ts";
 import { times } from "./wgsl.ts";
 
 /** The sums of each split of a workgroup, by fours of N, where they meet. */
-export function sumsWgsl(kernel: DequantizeKernel): string {
+export function sumsWgsl(kernel: WorkgroupShare): string {
   return meets(kernel)
     ? `var<workgroup> sums: array<array<vec4<f32>, ${workgroupQuads(kernel)}>, ${kernel.splits}>;`
     : "";
 }
 
 /** Statements behind the last product, whose sums are in `acc<row of N>_<place in the batch>`. */
-export function leaveWgsl(kernel: DequantizeKernel, target: Output | "partial"): string {
+export function leaveWgsl(kernel: WorkgroupShare, target: Output | "partial"): string {
   if (!meets(kernel)) return storeSums(kernel, target);
   if (target === "partial" || target.finish === undefined) return addSplits(kernel, target);
   return finishPairs(kernel, target.finish);
 }
 
 /** Whether there is anything to put together within a workgroup. */
-function meets(kernel: DequantizeKernel): boolean {
+function meets(kernel: WorkgroupShare): boolean {
   return holdsWholeSums(kernel) && kernel.splits > 1;
 }
 
-const workgroupQuads = (kernel: DequantizeKernel) => dequantizeColumns(kernel) / 4;
+const workgroupQuads = (kernel: WorkgroupShare) => shareColumns(kernel) / 4;
 
 /** Row quad `t` of a thread for place `b` of the batch. */
 function quadSum(t: number, b: number): string {
@@ -41,7 +41,7 @@ function quadSum(t: number, b: number): string {
 }
 
 /** A split's sums: partial ones, padded rows of N included, or whole ones where K is one split. */
-function storeSums(kernel: DequantizeKernel, target: Output | "partial"): string {
+function storeSums(kernel: WorkgroupShare, target: Output | "partial"): string {
   const { batch, rowsPerThread, lanes } = kernel;
   return times(batch, (b) =>
     times(
@@ -54,7 +54,7 @@ function storeSums(kernel: DequantizeKernel, target: Output | "partial"): string
 }
 
 /** The sums of all splits for place `b` of the batch, into workgroup memory. */
-function meet({ rowsPerThread, lanes }: DequantizeKernel, b: number): string {
+function meet({ rowsPerThread, lanes }: WorkgroupShare, b: number): string {
   return `${b > 0 ? "  workgroupBarrier();" : ""}
 ${
     times(rowsPerThread / 4, (t) =>
@@ -64,7 +64,7 @@ ${
 }
 
 /** Adds the splits of the workgroup's quad `at` to `total`, which is zero, as the order says. */
-function addTo(total: string, at: string, { order }: DequantizeKernel): string {
+function addTo(total: string, at: string, { order }: WorkgroupShare): string {
   const { splits, slices } = order.dequantize;
   const perSlice = Math.ceil(splits / slices);
   return times(slices, (s) => {
@@ -77,12 +77,12 @@ ${total} += sum; }`;
 }
 
 /** Whole sums, stored, or left in the scratch for what finishes them. */
-function addSplits(kernel: DequantizeKernel, target: Output | "partial"): string {
+function addSplits(kernel: WorkgroupShare, target: Output | "partial"): string {
   return times(kernel.batch, (b) =>
     `${meet(kernel, b)}
   if (first + ${b}u < rows) {
     for (var i = lane; i < min(${workgroupQuads(kernel)}u, quads - quad); i += ${
-      dequantizeThreads(kernel)
+      shareThreads(kernel)
     }u) {
       var total = vec4<f32>();
 ${addTo("total", "i", kernel)}
@@ -95,7 +95,7 @@ ${addTo("total", "i", kernel)}
  * Whole sums, finished. Each row of the batch has threads of its own: what a finish reads is waited for
  * once.
  */
-function finishPairs(kernel: DequantizeKernel, { half }: PairFinish): string {
+function finishPairs(kernel: WorkgroupShare, { half }: PairFinish): string {
   const { batch } = kernel;
   const pairQuads = workgroupQuads(kernel) / 2;
   const halfQuads = half / 4;

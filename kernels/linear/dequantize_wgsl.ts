@@ -19,7 +19,7 @@
  */
 import { codesPerWord } from "../../shared/model_config.ts";
 import { codeIndex } from "./code_words_wgsl.ts";
-import { type DequantizeKernel, dequantizeThreads, splitPositions } from "./dequantize_kernel.ts";
+import { type DequantizeKernel, shareThreads, splitPositions } from "./dequantize_kernel.ts";
 import { leaveWgsl, sumsWgsl } from "./dequantize_sums_wgsl.ts";
 import { FLOAT16_PAIR_K } from "./order.ts";
 import { type Output, outputWgsl } from "./output_wgsl.ts";
@@ -39,7 +39,7 @@ export function dequantizeKernelWgsl(
   target: Output | "partial",
 ): string {
   const { order, batch, splits, lanes, rowsPerThread } = kernel;
-  const threads = dequantizeThreads(kernel);
+  const threads = shareThreads(kernel);
   return /* wgsl */ `${HEADER_WGSL}
 @group(0) @binding(2) var<storage, read> x: array<vec4<f16>>;
 @group(0) @binding(3) var<storage, read> codes: array<vec4<u32>>;
@@ -110,7 +110,7 @@ const tableName = (v: number, t: number) => `table${Math.floor(t / (v / 4))}_${t
  */
 function fillTables(kernel: DequantizeKernel): string {
   const { format: { m, v }, copies } = kernel;
-  const threads = dequantizeThreads(kernel);
+  const threads = shareThreads(kernel);
   const quads = v / 4;
   return `  for (var entry = lane; entry < 256u; entry += ${threads}u) {
 ${
@@ -135,7 +135,7 @@ function chunkedTurns(kernel: DequantizeKernel): string {
   const splitTurns = splitPositions(order) / turnPositions;
   return `  for (var chunk = 0u; chunk < ${splitTurns}u; chunk += ${inputTurns}u) {
     if (chunk > 0u) { workgroupBarrier(); }
-    for (var i = lane; i < ${splits * inputTurns * turnRows}u; i += ${dequantizeThreads(kernel)}u) {
+    for (var i = lane; i < ${splits * inputTurns * turnRows}u; i += ${shareThreads(kernel)}u) {
       let at = i % ${turnRows}u;
       let row = min(first + at / ${turnQuads}u, rows - 1u);
       let slot = i / ${turnRows}u;

@@ -8,8 +8,9 @@ import { checkFormat, toFloat16 } from "../../shared/checkpoint/mod.ts";
 import { FleetError, invariant } from "../../shared/errors.ts";
 import type { CodeGemmFormat, DType, TensorInfo, TensorSource } from "../../shared/model_config.ts";
 import { codesPerWord, DTYPE_BYTES, matrixFormat } from "../../shared/model_config.ts";
-import type { Gpu } from "../gpu.ts";
+import { alignBytes, type Gpu } from "../gpu.ts";
 import { denseStoredK, tileDenseRows, tileLines } from "./layout.ts";
+import { int8Books } from "./int8.ts";
 import { centroidExponent, timesPowerOfTwo } from "./magnitude.ts";
 import type { Tuning } from "./order.ts";
 import { canStack, codeOrder, DEFAULT_TUNING, denseOrder, roundUp } from "./order.ts";
@@ -96,7 +97,8 @@ export async function allocateDense(
   const order = denseOrder(shape, options.tuning ?? DEFAULT_TUNING);
   const blockBytes = order.rowBlock * denseStoredK(k) * 2;
   const blocks = await allocateBlocks(gpu, name, n, order.rowBlock, blockBytes, 0, options);
-  return makeMatrix(name, shape, null, order, blocks, null);
+  const books = { codebooks: null, int8Codebooks: null };
+  return makeMatrix(name, shape, null, order, blocks, books);
 }
 
 /** One matrix of a stack. */
@@ -147,6 +149,7 @@ export async function loadStack(
   const { blocks, order: { rowBlock } } = matrix;
   await orDestroy(matrix, async () => {
     const writer = new Writer(gpu);
+    const codebooks = new Uint16Array(members.length * m * 2 ** b * v);
     for (const [i, { n, codes, books, scales }] of sources.entries()) {
       const { start } = matrix.members[i];
       const centroids = toFloat16(
@@ -156,7 +159,7 @@ export async function loadStack(
       );
       const exponent = centroidExponent(centroids, m);
       const small = timesPowerOfTwo(books.name, centroids, -exponent);
-      await writer.write(matrix.codebooks!, i * books.bytes, small);
+      codebooks.set(small, i * small.length);
       const target = (buffers: GPUBuffer[]) => ({ blocks, buffers, start, n, rowBlock });
       await streamLines(writer, words, m, 4, target(blocks.map((block) => block.weights)), {
         read: async (plane, first, lines) => {
@@ -173,6 +176,11 @@ export async function loadStack(
         },
         tile: (elements) => new Uint16Array(elements),
       });
+    }
+    await writer.write(matrix.codebooks!, 0, codebooks);
+    if (matrix.int8Codebooks) {
+      const centroids = new Float16Array(codebooks.buffer);
+      await writer.write(matrix.int8Codebooks, 0, int8Books(centroids, members.length));
     }
   });
   return matrix;
@@ -207,8 +215,14 @@ export async function allocateCodes(
     options,
   );
   const bookBytes = members.length * m * 2 ** b * v * 2;
-  const codebooks = await gpu.allocate(name, () => gpu.storage(`${name}.codebooks`, bookBytes));
-  return makeMatrix(name, [n, k], ofMatrix, order, blocks, codebooks, members);
+  const [codebooks, int8Codebooks] = await gpu.allocate(name, () => [
+    gpu.storage(`${name}.codebooks`, bookBytes),
+    order.int8Positions === null
+      ? null
+      : gpu.storage(`${name}.codebooks in int8`, bookBytes / 2 + 4 * members.length),
+  ]);
+  const books = { codebooks, int8Codebooks };
+  return makeMatrix(name, [n, k], ofMatrix, order, blocks, books, members);
 }
 
 /** Rows of N `[start, start + n)` of a matrix's blocks; `start` begins a row block. */
@@ -340,11 +354,13 @@ function makeMatrix(
   format: CodeGemmFormat | null,
   order: Matrix["order"],
   blocks: MatrixBlock[],
-  codebooks: GPUBuffer | null,
+  books: Pick<Matrix, "codebooks" | "int8Codebooks">,
   members: readonly number[] = [n],
 ): Matrix {
-  const buffers = [...blocks.flatMap((block) => [block.weights, block.scales]), codebooks]
-    .filter((buffer) => buffer !== null);
+  const buffers = [
+    ...blocks.flatMap((block) => [block.weights, block.scales]),
+    ...Object.values(books),
+  ].filter((buffer) => buffer !== null);
   return {
     name,
     n,
@@ -356,7 +372,7 @@ function makeMatrix(
       start: members.slice(0, i).reduce((sum, before) => sum + before, 0),
       n: rows,
     })),
-    codebooks,
+    ...books,
     bytes: buffers.reduce((sum, buffer) => sum + buffer.size, 0),
     destroy: () => buffers.forEach((buffer) => buffer.destroy()),
   };
@@ -416,5 +432,7 @@ export function matrixBytes(
   const rows = roundUp(n, codeOrder(shape, format, tuning).rowBlock);
   const { m, v, g, b } = matrixFormat(format, k);
   const rowBytes = k / v / codesPerWord(format) * m * 4 + k / g * 2;
-  return rows * rowBytes + m * 2 ** b * v * 2;
+  const { int8Positions } = codeOrder(shape, format, tuning);
+  const int8Bytes = int8Positions === null ? 0 : alignBytes(m * 2 ** b * v + 4);
+  return rows * rowBytes + m * 2 ** b * v * 2 + int8Bytes;
 }

@@ -13,6 +13,12 @@ import type { MatrixShape } from "./types.ts";
 
 /** Products that may be summed in float16 (DESIGN). */
 export const FLOAT16_SUM = 16;
+/** K whose activations share a scale as integers, at most. */
+const INT8_GROUP_K = 64;
+/** K of a load of such activations, 16 bytes. */
+export const INT8_WORD_K = 16;
+/** Of codebooks as integers: half of the workgroup memory that WebGPU guarantees. */
+const INT8_BOOKS_BYTES = 8192;
 /** K that a pair of float16 sums covers, one of the even K, one of the odd. */
 export const FLOAT16_PAIR_K = 2 * FLOAT16_SUM;
 const ROW_BLOCK_STEP = 256;
@@ -108,6 +114,11 @@ export interface CodeOrder extends GroupOrder {
   kind: "code";
   /** For decode rows that are dequantized, in place of this order's own. */
   dequantize: GroupOrder;
+  /**
+   * Positions whose products are summed in integers, before they are scaled and added in float32; the
+   * splits are those of `dequantize`. Null where integers are not for these codes.
+   */
+  int8Positions: number | null;
   /** Positions that share a scale: `g / v`. */
   scalePositions: number;
 }
@@ -160,7 +171,13 @@ export function codeOrder(
     // Wide codes are gathered from memory: what counts there is the number of workgroups.
     const wanted = wide ? tuning.wideWorkgroups : tuning.wantedWorkgroups;
     const wideCodes = { ...pairs, ...splitUnits(wholeUnits, Math.ceil(n / rowBlock), 1, wanted) };
-    return { kind: "code", scalePositions, ...wideCodes, dequantize: wideCodes };
+    return {
+      kind: "code",
+      scalePositions,
+      ...wideCodes,
+      dequantize: wideCodes,
+      int8Positions: null,
+    };
   }
   const step = lcm(perWord, groupPositions(FLOAT16_SUM));
   const unitPositions = largestDivisor(
@@ -181,6 +198,7 @@ export function codeOrder(
     groupPositions: groupPositions(FLOAT16_SUM),
     ...psumbookSplits(n, positions / unitPositions, unitPositions * v, tuning, members),
     dequantize: { ...pairs, ...evenSplits(wholeUnits, dequantizeSplits) },
+    int8Positions: int8Positions({ m, v }, gcd(wholeUnit, scalePositions)),
   };
 }
 
@@ -216,9 +234,27 @@ function psumbookSplits(
   return splitBy(units, Math.max(least, Math.ceil(units / wanted)));
 }
 
+/** Groups of whole words of activations, of codebooks that any workgroup holds. */
+function int8Positions({ m, v }: { m: number; v: number }, most: number): number | null {
+  if (v % 4 !== 0 || m * 256 * v > INT8_BOOKS_BYTES) return null;
+  for (let positions = most; positions >= 1; positions--) {
+    const k = positions * v;
+    if (most % positions === 0 && k <= INT8_GROUP_K && k % INT8_WORD_K === 0) return positions;
+  }
+  return null;
+}
+
 /** How a kernel family sums the codes of a matrix. */
 export function familyOrder(order: CodeOrder, family: NumericsProfile["decode"]): GroupOrder {
-  return family === "dequantize" ? order.dequantize : order;
+  switch (family) {
+    case "codegemm":
+      return order;
+    case "dequantize":
+      return order.dequantize;
+    case "int8":
+      invariant(order.int8Positions !== null, "the family suits the codes");
+      return { ...order.dequantize, groupPositions: order.int8Positions };
+  }
 }
 
 /** The splits that a kernel family makes of K. */

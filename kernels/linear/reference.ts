@@ -10,8 +10,9 @@ import {
   matrixFormat,
   type TensorSource,
 } from "../../shared/model_config.ts";
+import { roundToInt8 } from "./int8.ts";
 import type { CodeOrder, DenseOrder, SplitOrder } from "./order.ts";
-import { FLOAT16_PAIR_K } from "./order.ts";
+import { familyOrder, FLOAT16_PAIR_K } from "./order.ts";
 import type { MatrixShape } from "./types.ts";
 
 /** A CodeGEMM matrix in the published layout, as numbers. */
@@ -158,12 +159,36 @@ export function dequantizeProduct(
   });
 }
 
+/** The order of the `int8` decode kernel. */
+export function int8Product(
+  matrix: CodeTensors,
+  order: CodeOrder,
+  x: ArrayLike<number>,
+): Float32Array<ArrayBuffer> {
+  const { shape: [n], format: { m, v }, codebooks } = matrix;
+  const int8Order = familyOrder(order, "int8");
+  const { groupPositions } = int8Order;
+  const centroids = roundToInt8(codebooks);
+  const values = Array.from(x);
+  return sumGroups(matrix, { ...order, ...int8Order }, n, (row, from) => {
+    const group = roundToInt8(values.slice(from * v, (from + groupPositions) * v));
+    let sum = 0;
+    for (let i = 0; i < groupPositions; i++) {
+      for (let c = 0; c < m; c++) {
+        const centroid = (c * 256 + codeAt(matrix, c, from + i, row)) * v;
+        for (let e = 0; e < v; e++) sum += group.q[i * v + e] * centroids.q[centroid + e];
+      }
+    }
+    return [{ sum, scale: f32(group.scale * centroids.scale) }];
+  });
+}
+
 /** Scales the sums of groups and adds them in float32 as the order says. */
 function sumGroups(
   { shape, scales }: CodeTensors,
   order: CodeOrder,
   n: number,
-  group: (row: number, from: number) => number[],
+  group: (row: number, from: number) => (number | { sum: number; scale: number })[],
 ): Float32Array<ArrayBuffer> {
   const y = new Float32Array(n);
   for (let row = 0; row < n; row++) {
@@ -171,7 +196,11 @@ function sumGroups(
       for (let at = 0; at < order.unitPositions; at += order.groupPositions) {
         const from = unit * order.unitPositions + at;
         const scale = scales[Math.floor(from / order.scalePositions) * shape[0] + row];
-        for (const part of group(row, from)) sum = fma32(scale, part, sum);
+        for (const part of group(row, from)) {
+          sum = typeof part === "number"
+            ? fma32(scale, part, sum)
+            : fma32(f32(scale * part.scale), part.sum, sum);
+        }
       }
       return sum;
     });

@@ -4,7 +4,9 @@
  * @module
  */
 import type { CodeGemmFormat } from "../../shared/model_config.ts";
+import { gaussian, seededRandom } from "../../shared/random.ts";
 import type { Gpu } from "../gpu.ts";
+import { int8Books } from "./int8.ts";
 import { allocateCodes, allocateDense, type LoadOptions } from "./matrix.ts";
 import type { Matrix } from "./types.ts";
 
@@ -64,9 +66,24 @@ export async function syntheticCodes(
     await fillRandom(gpu, block.weights, ANY, seed + i);
     await fillRandom(gpu, block.scales!, scale, seed + i + 1);
   }
-  const centroid = float16Pattern(1 / Math.sqrt(format.m), true);
-  await fillRandom(gpu, matrix.codebooks!, centroid, seed);
+  writeCentroids(gpu, matrix, seed);
   return matrix;
+}
+
+/** Random centroids of about `1 / sqrt(m)` for every member. */
+function writeCentroids(
+  gpu: Gpu,
+  { format, members, codebooks, int8Codebooks }: Matrix,
+  seed: number,
+): void {
+  const { m, v, b } = format!;
+  const random = seededRandom(seed);
+  const centroids = Float16Array.from(
+    { length: members.length * m * 2 ** b * v },
+    () => gaussian(random) / Math.sqrt(m),
+  );
+  gpu.write(codebooks!, 0, new Uint16Array(centroids.buffer));
+  if (int8Codebooks) gpu.write(int8Codebooks, 0, int8Books(centroids, members.length));
 }
 
 /** A random dense matrix whose outputs are about as large as its inputs. */

@@ -38,6 +38,11 @@ export interface Matrix {
   readonly members: readonly { start: number; n: number }[];
   /** CodeGEMM only: `(members, m, 2^b, v)` float16. */
   readonly codebooks: GPUBuffer | null;
+  /**
+   * CodeGEMM with {@linkcode CodeOrder.int8Positions} only: the codebooks as int8, four a word; then a
+   * float32 scale for each member.
+   */
+  readonly int8Codebooks: GPUBuffer | null;
   /** Bytes of GPU memory, padding included. */
   readonly bytes: number;
   destroy(): void;

@@ -3,10 +3,10 @@
  *
  * @module
  */
-import type { CodeGemmFormat } from "../../shared/model_config.ts";
 import type { NumericsProfile } from "../../shared/protocol.ts";
 import { type CodeOrder, largestDivisor } from "./order.ts";
 import type { PrefillTile } from "./prefill_tile.ts";
+import type { Matrix } from "./types.ts";
 import { type Batch, BATCHES } from "./wgsl.ts";
 
 /** The shape of a CodeGEMM decode kernel; what is left out suits family and batch. */
@@ -86,13 +86,16 @@ export function defaultVariant(software: boolean): Variant {
 
 /**
  * The kernel family of a matrix's decode rows. Codes of more than 8 bits always dequantize: they have
- * more centroids than there are rows of N to use their Psumbooks, and none fits workgroup memory.
+ * more centroids than there are rows of N to use their Psumbooks, and none fits workgroup memory. So
+ * do codes whose groups do not fill words of integers.
  */
 export function decodeFamily(
-  format: CodeGemmFormat,
-  profile: Pick<NumericsProfile, "decode">,
-): NumericsProfile["decode"] {
-  return format.b > 8 ? "dequantize" : profile.decode;
+  { format, order }: Pick<Matrix, "format" | "order">,
+  { decode }: Pick<NumericsProfile, "decode">,
+): NumericsProfile["decode"] | "dense" {
+  if (format === null || order.kind === "dense") return "dense";
+  if (format.b > 8) return "dequantize";
+  return decode === "int8" && order.int8Positions === null ? "dequantize" : decode;
 }
 
 /** Rows of a step from which on a CodeGEMM Psumbook takes more registers than it saves work. */

@@ -59,7 +59,7 @@ async function checkFormat(
   const matrix = await loadMatrix(gpu, tensors, "w", SHAPE, format);
   const comparisons: Comparison[] = [];
   for (const decode of decodeFamilies) {
-    const family = format === null ? "dense" : decodeFamily(format, { decode });
+    const family = decodeFamily(matrix, { decode });
     const batches = familyBatches(variant, family);
     for (let i = 0; i < Math.max(batches.length, prefillRows.length); i++) {
       const decodeRows = batches[i % batches.length];

@@ -1,0 +1,79 @@
+/**
+ * Eight-bit integers for the `int8` decode family: how centroids and activations are rounded to them.
+ *
+ * A group of K is what shares a scale of activations: `q = round(x * 127 / max|x|)`, ties to even. All
+ * centroids of a matrix share one scale, rounded the same way when the matrix is loaded. Their products
+ * are summed exactly.
+ *
+ * @module
+ */
+
+/** The largest magnitude. */
+export const INT8_MAX = 127;
+/** What a scale is of the largest magnitude: multiplied with, since a quotient may be rounded either way. */
+export const INT8_STEP = Math.fround(1 / INT8_MAX);
+
+/** A scale, and `q` such that `scale * q[i]` is about `values[i]`. */
+export interface Int8Values {
+  q: Int8Array<ArrayBuffer>;
+  /** float32 */
+  scale: number;
+}
+
+/** Rounds finite values to integers of one scale, as kernels round activations. */
+export function roundToInt8(values: ArrayLike<number>): Int8Values {
+  let most = 0;
+  for (let i = 0; i < values.length; i++) most = Math.max(most, Math.abs(values[i]));
+  const inverse = most > 0 ? Math.fround(INT8_MAX / most) : 0;
+  const q = Int8Array.from(values, (value) => roundEven(Math.fround(value * inverse)));
+  return { q, scale: Math.fround(most * INT8_STEP) };
+}
+
+/** To the nearest integer, ties to the even one, as WGSL's `round`. */
+function roundEven(value: number): number {
+  const low = Math.floor(value);
+  const above = value - low;
+  return above > 0.5 || (above === 0.5 && low % 2 !== 0) ? low + 1 : low;
+}
+
+/**
+ * WGSL of `dot_int8(a, b)`, the sum of the products of four integers of two words, and of
+ * `pack_int8(values)`, which rounds four to one word.
+ *
+ * @param packed whether `hasPackedDot`; the same integers either way
+ */
+export function int8Wgsl(packed: boolean): string {
+  return packed
+    ? /* wgsl */ `
+fn dot_int8(a: u32, b: u32) -> i32 { return dot4I8Packed(a, b); }
+fn pack_int8(values: vec4<f32>) -> u32 { return pack4xI8(vec4<i32>(round(values))); }
+`
+    : /* wgsl */ `
+fn unpack_int8(word: u32) -> vec4<i32> {
+  return (vec4<i32>(i32(word)) << vec4<u32>(24u, 16u, 8u, 0u)) >> vec4<u32>(24u);
+}
+fn dot_int8(a: u32, b: u32) -> i32 { return dot(unpack_int8(a), unpack_int8(b)); }
+fn pack_int8(values: vec4<f32>) -> u32 {
+  let bytes = vec4<u32>(vec4<i32>(round(values))) & vec4<u32>(255u);
+  return bytes.x | (bytes.y << 8u) | (bytes.z << 16u) | (bytes.w << 24u);
+}
+`;
+}
+
+/**
+ * What the kernels read of a stack's codebooks: its members' centroids, four elements a word in their
+ * own order `(members, m, 256, v / 4)`, then the bits of each member's scale.
+ *
+ * @param centroids `(members, m, 256, v)`, `v` a multiple of 4
+ */
+export function int8Books(centroids: Float16Array, members: number): Uint32Array<ArrayBuffer> {
+  const each = centroids.length / members;
+  const words = new Uint32Array(centroids.length / 4 + members);
+  const scales = new Float32Array(words.buffer, centroids.length, members);
+  for (let member = 0; member < members; member++) {
+    const { q, scale } = roundToInt8(centroids.subarray(member * each, (member + 1) * each));
+    words.set(new Uint32Array(q.buffer), member * each / 4);
+    scales[member] = scale;
+  }
+  return words;
+}

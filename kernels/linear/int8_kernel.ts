@@ -1,0 +1,141 @@
+/**
+ * What the decode kernel of the `int8` family is generated from, and how its shape is chosen.
+ *
+ * @module
+ */
+import type { CodeGemmFormat } from "../../shared/model_config.ts";
+import { hasPackedDot } from "./code_words_wgsl.ts";
+import {
+  type KernelRoom,
+  lanesOf,
+  MIN_LANES,
+  shareThreads,
+  SPLIT_BATCH,
+  splitPositions,
+  sumsBytes,
+  turnPositions,
+  wholeShape,
+  type WorkgroupShare,
+} from "./dequantize_kernel.ts";
+import { type CodeOrder, familyOrder } from "./order.ts";
+import type { DecodeChoice, Variant } from "./variant.ts";
+import type { Batch } from "./wgsl.ts";
+
+/** One kernel. Nothing but format and order decides a bit of its result. */
+export interface Int8Kernel extends WorkgroupShare {
+  /** 8-bit codes of vectors of a multiple of 4. */
+  format: CodeGemmFormat;
+  /** Positions whose code words a thread has in registers: whole groups that divide every split. */
+  turnPositions: number;
+  /** Positions whose products are summed in integers. */
+  groupPositions: number;
+  /** Code words and scales are loaded a turn ahead, each over one that has been used. */
+  prefetch: boolean;
+  /** Turns of a split whose activations stand in workgroup memory at a time. */
+  inputTurns: number;
+  /** Fours of K whose centroids a thread gathers before it multiplies. */
+  gatherQuads: number;
+  /** How often each centroid stands in workgroup memory, a power of two. */
+  copies: number;
+  /** WGSL has packed dot products. */
+  packed: boolean;
+}
+
+/** With 16 copies of 4-byte entries, at most two lanes of a warp of 32 meet in a bank. */
+const MAX_COPIES = 16;
+/** With these, gathers for many rows take less than their products do. */
+const FEW_COPIES = 4;
+/** Fours of K whose centroids fit the registers of many threads, and of few. */
+const GATHER_QUADS = 8;
+const TALL_GATHER_QUADS = 16;
+/** Threads of a workgroup that takes a split, and K whose activations it holds. */
+const SPLIT_THREADS = 128;
+const SPLIT_LOCAL_K = 256;
+/** Workgroup memory that an H200's multiprocessor has for all workgroups on it together. */
+const SHARED_BYTES = 48 * 1024;
+
+/** Workgroup memory of a kernel, bytes. */
+export function int8Bytes(kernel: Int8Kernel): number {
+  return tableBytes(kernel) * kernel.copies + inputBytes(kernel) * kernel.inputTurns +
+    sumsBytes(kernel);
+}
+
+/** Bytes of the codebooks. */
+function tableBytes({ format: { m, v } }: Int8Kernel): number {
+  return m * 256 * v;
+}
+
+/** Bytes of a turn's activations, of all splits and rows: integers and scales. */
+function inputBytes(
+  { format: { v }, batch, splits, turnPositions, groupPositions }: Int8Kernel,
+): number {
+  return splits * batch * (turnPositions * v + turnPositions / groupPositions * 4);
+}
+
+/** Turns of a whole split. */
+export function splitTurns(
+  { order, turnPositions }: Pick<Int8Kernel, "order" | "turnPositions">,
+): number {
+  return splitPositions(order) / turnPositions;
+}
+
+/** The kernel of a batch on this adapter, or null where its workgroup memory is too little. */
+export function int8Kernel(
+  format: CodeGemmFormat,
+  order: CodeOrder,
+  batch: Batch,
+  choice: DecodeChoice & Pick<Variant, "unroll">,
+  room: KernelRoom,
+): Int8Kernel | null {
+  const int8Order = familyOrder(order, "int8");
+  const { splits, groupPositions } = int8Order;
+  const kernel = {
+    format,
+    order,
+    batch,
+    groupPositions,
+    turnPositions: turnPositions(format, int8Order, choice.turnK ?? groupPositions * format.v),
+    prefetch: choice.prefetch ?? batch < SPLIT_BATCH,
+    gatherQuads: batch < SPLIT_BATCH || format.m > 1 ? GATHER_QUADS : TALL_GATHER_QUADS,
+    inputTurns: 1,
+    copies: 1,
+    packed: hasPackedDot(),
+  };
+  if (batch < SPLIT_BATCH && splits * MIN_LANES <= room.maxThreads) {
+    const whole = { ...kernel, ...wholeShape(order, choice, room) };
+    const fitting = fit(whole, MAX_COPIES, splitTurns(whole), room);
+    if (fitting !== null) return fitting;
+  }
+  const rowsPerThread = choice.codeRowsPerThread ?? 4;
+  const threads = Math.min(choice.codeThreads ?? SPLIT_THREADS, room.maxThreads);
+  const share = { splits: 1, rowsPerThread, lanes: lanesOf(room, rowsPerThread, threads) };
+  const turns = Math.max(1, Math.floor(SPLIT_LOCAL_K / (kernel.turnPositions * format.v)));
+  return fit({ ...kernel, ...share }, FEW_COPIES, turns, room);
+}
+
+/** The kernel with as many copies of its centroids, and turns' activations, as fit. */
+function fit(
+  kernel: Int8Kernel,
+  mostCopies: number,
+  mostTurns: number,
+  { workgroupBytes }: KernelRoom,
+): Int8Kernel | null {
+  for (let copies = mostCopies; copies >= 1; copies /= 2) {
+    const free = Math.min(workgroupBytes, SHARED_BYTES) -
+      int8Bytes({ ...kernel, copies, inputTurns: 0 });
+    const turns = Math.min(mostTurns, Math.floor(free / inputBytes(kernel)));
+    // Rather few copies than many rounds, in each of which all threads wait for the others.
+    if (turns < 1 || (copies > 1 && 2 * turns < mostTurns)) continue;
+    const rounds = Math.ceil(splitTurns(kernel) / turns);
+    return { ...kernel, copies, inputTurns: Math.ceil(splitTurns(kernel) / rounds) };
+  }
+  return null;
+}
+
+/** Loads of 16 K of activations, and what of them each thread makes at a time. */
+export function inputWords(kernel: Int8Kernel): { turn: number; all: number; perThread: number } {
+  const { format: { v }, batch, splits, inputTurns, turnPositions } = kernel;
+  const turn = turnPositions * v / 16;
+  const all = splits * inputTurns * batch * turn;
+  return { turn, all, perThread: Math.ceil(all / shareThreads(kernel)) };
+}

@@ -1,0 +1,317 @@
+/**
+ * WGSL of the decode kernel of the `int8` family: a code gathers its centroid, four integers a word,
+ * and a dot product adds its products with four activations to an integer.
+ *
+ * Workgroups round the activations themselves, in three steps with a barrier behind each: the largest
+ * magnitude of every 16 K, by the thread that holds them; that of their group; the integers and the
+ * group's scale. `int8.ts` says what they are rounded to. The products of a group are summed exactly,
+ * then scaled by both scales and added in float32, groups of a split by rising K.
+ *
+ * Where threads stand, and how sums leave, is the dequantizing kernel's; so is the order of splits.
+ *
+ * @module
+ */
+import { codesPerWord } from "../../shared/model_config.ts";
+import { codeIndex } from "./code_words_wgsl.ts";
+import { shareThreads, splitPositions } from "./dequantize_kernel.ts";
+import { leaveWgsl, sumsWgsl } from "./dequantize_sums_wgsl.ts";
+import { INT8_MAX, INT8_STEP, int8Wgsl } from "./int8.ts";
+import { inputWords, type Int8Kernel, splitTurns } from "./int8_kernel.ts";
+import { familyOrder, INT8_WORD_K } from "./order.ts";
+import { type Output, outputWgsl } from "./output_wgsl.ts";
+import { eachScale, eachWord, scaleOf, threadRowsWgsl, wordOf } from "./thread_rows_wgsl.ts";
+import { batchRowsWgsl, HEADER_WGSL, times } from "./wgsl.ts";
+
+const OUTPUT_BINDING = 6;
+
+/**
+ * The kernel's code; dispatched over (columns of N, groups of splits, batches of rows).
+ *
+ * @param members matrices of the stack
+ * @param target where whole sums go, as for the dequantizing kernel
+ */
+export function int8KernelWgsl(
+  kernel: Int8Kernel,
+  members: number,
+  target: Output | "partial",
+): string {
+  const { format: { m, v }, order, batch, splits, lanes, rowsPerThread, copies } = kernel;
+  const { unitPositions } = familyOrder(order, "int8");
+  return /* wgsl */ `${HEADER_WGSL}
+@group(0) @binding(2) var<storage, read> x: array<vec4<f16>>;
+@group(0) @binding(3) var<storage, read> codes: array<vec4<u32>>;
+@group(0) @binding(4) var<storage, read> codebooks: array<u32>;
+@group(0) @binding(5) var<storage, read> scales: array<vec4<f16>>;
+${
+    target === "partial"
+      ? `@group(0) @binding(${OUTPUT_BINDING}) var<storage, read_write> y: array<vec4<f32>>;`
+      : outputWgsl(target, OUTPUT_BINDING)
+  }
+${int8Wgsl(kernel.packed)}
+${declarations(kernel)}
+
+// Where the activations of a row of this batch begin, in fours.
+fn input_of(row: u32) -> u32 {
+  return (params.x_offset + (range_start() + row) * params.x_stride) / 4u;
+}
+
+@compute @workgroup_size(${shareThreads(kernel)})
+fn main(
+  @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) workgroup: vec3<u32>,
+) {
+${batchRowsWgsl(batch, (row) => `input_of(${row})`)}
+${threadRowsWgsl(kernel, lanes, `lane % ${lanes}u`)}
+  let split = workgroup.y * ${splits}u + lane / ${lanes}u;
+  let start = split * ${splitPositions(order)}u;
+  let turns = (min((split + 1u) * params.split_units, params.units) * ${unitPositions}u - start)
+    / ${kernel.turnPositions}u;
+  var position = start;
+${kernel.prefetch ? loadTurn(kernel, "position", "var ") : ""}
+  let copy = lane & ${copies - 1}u;
+${fillTables(kernel)}
+  let book_scale = bitcast<f32>(codebooks[${members * m * 256 * v / 4}u + book]);
+${times(rowsPerThread, (r) => times(batch, (b) => `  var acc${r}_${b} = 0.0;`))}
+  for (var chunk = 0u; chunk < ${splitTurns(kernel)}u; chunk += ${kernel.inputTurns}u) {
+    if (chunk > 0u) { workgroupBarrier(); }
+${roundInputs(kernel)}
+    workgroupBarrier();
+    let slots = lane / ${lanes}u * ${kernel.inputTurns}u;
+    for (var turn = chunk; turn < min(chunk + ${kernel.inputTurns}u, turns); turn++) {
+      let slot = slots + turn - chunk;
+${turn(kernel)}
+    }
+  }
+${leaveWgsl(kernel, target)}
+}
+`;
+}
+
+function declarations(kernel: Int8Kernel): string {
+  const { format: { m, v }, batch, splits, copies, inputTurns } = kernel;
+  const slots = splits * inputTurns;
+  const tables = times(
+    m * v / 4,
+    (t) => `var<workgroup> ${tableName(v, t)}: array<u32, ${256 * copies}>;`,
+  );
+  return `${tables}
+// Activations of a turn of a split each, row by row, and the scales of their groups.
+var<workgroup> inputs: array<array<vec4<u32>, ${batch * inputWords(kernel).turn}>, ${slots}>;
+var<workgroup> input_scales: array<array<f32, ${batch * turnGroups(kernel)}>, ${slots}>;
+${sumsWgsl(kernel)}`;
+}
+
+const tableName = (v: number, t: number) => `table${Math.floor(t / (v / 4))}_${t % (v / 4)}`;
+
+const turnGroups = ({ turnPositions, groupPositions }: Int8Kernel) =>
+  turnPositions / groupPositions;
+
+/** The codebooks into workgroup memory: neighbouring lanes write different copies at a time. */
+function fillTables(kernel: Int8Kernel): string {
+  const { format: { m, v }, copies } = kernel;
+  const quads = v / 4;
+  const centroid = (t: number) =>
+    `codebooks[((book * ${m}u + ${Math.floor(t / quads)}u) * 256u + entry) * ${quads}u + ${
+      t % quads
+    }u]`;
+  return `  for (var entry = lane; entry < 256u; entry += ${shareThreads(kernel)}u) {
+${times(m * quads, (t) => `    let centroid${t} = ${centroid(t)};`)}
+${
+    times(copies, (c) =>
+      `    { let at = entry * ${copies}u + ((lane + ${c}u) & ${copies - 1}u);
+${times(m * quads, (t) => `${tableName(v, t)}[at] = centroid${t};`)} }`)
+  }
+  }`;
+}
+
+/** The activations of the chunk's turns, as integers. */
+function roundInputs(kernel: Int8Kernel): string {
+  const { format: { v }, splits, batch, inputTurns, turnPositions, groupPositions } = kernel;
+  const threads = shareThreads(kernel);
+  const words = inputWords(kernel);
+  const groupWords = groupPositions * v / INT8_WORD_K;
+  const each = (body: (j: number) => string) => times(words.perThread, body);
+  const mine = (j: number) =>
+    (j + 1) * threads <= words.all ? "" : `if (lane + ${j * threads}u < ${words.all}u) `;
+  return `${
+    each((j) =>
+      `    let item${j} = min(lane + ${j * threads}u, ${words.all - 1}u);
+    let slot${j} = item${j} / ${batch * words.turn}u;
+    let at${j} = item${j} % ${batch * words.turn}u;
+    let from${j} = input_of(min(first + at${j} / ${words.turn}u, rows - 1u))
+      + ((workgroup.y * ${splits}u + slot${j} / ${inputTurns}u) * ${
+        splitTurns(kernel)
+      }u + chunk + slot${j} % ${inputTurns}u) * ${turnPositions * v / 4}u
+      + at${j} % ${words.turn}u * 4u;
+${times(4, (q) => `    let values${j}_${q} = x[from${j} + ${q}u];`)}
+    let most${j} = max(max(abs(values${j}_0), abs(values${j}_1)), max(abs(values${j}_2), abs(values${j}_3)));
+    ${mine(j)}{
+      let largest = f32(max(max(most${j}.x, most${j}.y), max(most${j}.z, most${j}.w)));
+      inputs[slot${j}][at${j}] = vec4<u32>(bitcast<u32>(largest), 0u, 0u, 0u);
+    }`
+    )
+  }
+    workgroupBarrier();
+${
+    each((j) =>
+      `    let group${j} = at${j} - at${j} % ${groupWords}u;
+    var largest${j} = 0.0;
+${
+        times(
+          groupWords,
+          (i) =>
+            `    largest${j} = max(largest${j}, bitcast<f32>(inputs[slot${j}][group${j} + ${i}u].x));`,
+        )
+      }
+    let inverse${j} = select(0.0, ${INT8_MAX}.0 / largest${j}, largest${j} > 0.0);`
+    )
+  }
+    workgroupBarrier();
+${
+    each((j) =>
+      `    ${mine(j)}{
+      inputs[slot${j}][at${j}] = vec4<u32>(${
+        [0, 1, 2, 3].map((q) => `pack_int8(vec4<f32>(values${j}_${q}) * inverse${j})`).join(", ")
+      });
+      if (at${j} == group${j}) {
+        input_scales[slot${j}][at${j} / ${groupWords}u] = largest${j} * ${INT8_STEP} * book_scale;
+      }
+    }`
+    )
+  }`;
+}
+
+/** Positions `[position, position + turnPositions)`. */
+function turn(kernel: Int8Kernel): string {
+  const { format, turnPositions, groupPositions, prefetch } = kernel;
+  const perWord = codesPerWord(format);
+  const parts: string[] = [];
+  if (prefetch) {
+    parts.push(
+      `let next = select(position, position + ${turnPositions}u, turn + 1u < turns);`,
+      eachScale(kernel, (name) => `let scale${name} = vec4<f32>(next_scale${name});`),
+      loadScales(kernel, "next", ""),
+    );
+  } else {
+    parts.push(loadTurn(kernel, "position", "let "));
+    parts.push(eachScale(kernel, (name) => `let scale${name} = vec4<f32>(next_scale${name});`));
+  }
+  for (let group = 0; group < turnPositions; group += groupPositions) {
+    parts.push(groupProducts(kernel, group));
+    if (!prefetch) continue;
+    const [from, to] = [group, group + groupPositions].map((at) => Math.floor(at / perWord));
+    parts.push(loadWords(kernel, "next", "", from, to));
+  }
+  parts.push(`position += ${turnPositions}u;`);
+  return parts.join("\n");
+}
+
+/** The products of a group from position `group` of the turn on. */
+function groupProducts(kernel: Int8Kernel, group: number): string {
+  const { format: { m, v }, batch, rowsPerThread, groupPositions, gatherQuads } = kernel;
+  const first = group * v / 4;
+  const groupQuads = groupPositions * v / 4;
+  const turnWords = inputWords(kernel).turn;
+  const pieces = Math.ceil(groupQuads / gatherQuads);
+  const sum = (r: number, b: number) => pieces > 1 ? `sum${r}_${b}` : `sum${r}`;
+  const parts = ["{"];
+  if (pieces > 1) {
+    parts.push(times(rowsPerThread, (r) => times(batch, (b) => `var ${sum(r, b)} = 0;`)));
+  }
+  for (let piece = 0; piece < pieces; piece++) {
+    const from = first + piece * gatherQuads;
+    const quads = Math.min(gatherQuads, groupQuads - piece * gatherQuads);
+    parts.push("{", times(rowsPerThread, (r) => gather(kernel, from, quads, r)));
+    for (let b = 0; b < batch; b++) {
+      parts.push("{");
+      if (pieces === 1) parts.push(times(rowsPerThread, (r) => `var ${sum(r, b)} = 0;`));
+      parts.push(
+        times(quads / 4, (w) => `let a${w} = inputs[slot][${b * turnWords + from / 4 + w}u];`),
+      );
+      for (let i = 0; i < quads; i++) {
+        for (let k = 0; k < m; k++) {
+          parts.push(
+            times(
+              rowsPerThread,
+              (r) =>
+                `${sum(r, b)} = dot_int8(c${r}_${i}_${k}, a${i >> 2}.${"xyzw"[i & 3]}) + ${
+                  sum(r, b)
+                };`,
+            ),
+          );
+        }
+      }
+      if (piece === pieces - 1) {
+        const at = b * turnGroups(kernel) + group / groupPositions;
+        parts.push(
+          `let input_scale = input_scales[slot][${at}u];`,
+          times(
+            rowsPerThread,
+            (r) =>
+              `acc${r}_${b} = fma(${scaleOf(kernel, group, r)} * input_scale, f32(${
+                sum(r, b)
+              }), acc${r}_${b});`,
+          ),
+        );
+      }
+      parts.push("}");
+    }
+    parts.push("}");
+  }
+  parts.push("}");
+  return parts.join("\n");
+}
+
+/** The centroids of `count` fours of K from the turn's `first` on, of row `r`: `c<row>_<four>_<codebook>`. */
+function gather(kernel: Int8Kernel, first: number, count: number, r: number): string {
+  const { format, copies, packed } = kernel;
+  const { m, v } = format;
+  const quads = v / 4;
+  const start = Math.floor(first / quads);
+  const positions = Math.floor((first + count - 1) / quads) - start + 1;
+  return times(positions * m, (i) => {
+    const [position, k] = [start + Math.floor(i / m), i % m];
+    const word = wordOf(kernel, position, k, r);
+    const place = position % codesPerWord(format);
+    return `let at${r}_${position}_${k} = ${
+      codeIndex(format, word, place, copies, "copy", packed)
+    };`;
+  }) + "\n" + times(count * m, (i) => {
+    const [quad, k] = [first + Math.floor(i / m), i % m];
+    return `let c${r}_${quad - first}_${k} = table${k}_${quad % quads}[at${r}_${
+      Math.floor(quad / quads)
+    }_${k}];`;
+  });
+}
+
+/** Code words and scales of the turn that begins at `position`: `w<name>` and `next_scale<name>`. */
+function loadTurn(kernel: Int8Kernel, position: string, declare: "var " | "let "): string {
+  return loadWords(kernel, position, declare) + "\n" + loadScales(kernel, position, declare);
+}
+
+/** Code words `[from, to)` of the turn that begins at `position`. */
+function loadWords(
+  kernel: Int8Kernel,
+  position: string,
+  declare: string,
+  from = 0,
+  to = Infinity,
+): string {
+  const { format, order } = kernel;
+  const rowQuads = order.rowBlock / 4;
+  return eachWord(kernel, (name, line, t) => {
+    const word = Math.floor(line / format.m);
+    if (word < from || word >= to) return "";
+    const lines = `${position} / ${codesPerWord(format)}u * ${format.m * rowQuads}u`;
+    return `${declare}w${name} = codes[words${t} + ${lines} + ${line * rowQuads}u];`;
+  });
+}
+
+/** Scales of the turn that begins at `position`. */
+function loadScales(kernel: Int8Kernel, position: string, declare: string): string {
+  const { scalePositions, rowBlock } = kernel.order;
+  return eachScale(kernel, (name, from, t) => {
+    const line = `(${position} + ${from}u) / ${scalePositions}u`;
+    return `${declare}next_scale${name} = scales[scales${t} + ${line} * ${rowBlock / 4}u];`;
+  });
+}
