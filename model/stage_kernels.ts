@@ -7,7 +7,9 @@ import type { PartName } from "../shared/model_config.ts";
 import type { Gpu } from "../kernels/gpu.ts";
 import type { Kernel, LinearStore, RowsView } from "../kernels/kernel.ts";
 import {
+  createInt8Rows,
   createLinear,
+  type Int8Rows,
   type Linear,
   linearScratchBytes,
   type Matrix,
@@ -223,13 +225,15 @@ class LinearBinder {
   readonly #parts: StageParts;
   readonly #bound: Linear[] = [];
   #scratch: GPUBuffer | null = null;
+  #int8Rows: Int8Rows | undefined;
 
   constructor(parts: StageParts) {
     this.#parts = parts;
   }
 
   get scratchBytes(): number {
-    return this.#scratch?.size ?? 0;
+    const { values, scales } = this.#int8Rows ?? {};
+    return [this.#scratch, values, scales].reduce((sum, buffer) => sum + (buffer?.size ?? 0), 0);
   }
 
   async allocateScratch(layers: readonly Matrix[], projection: Matrix | null): Promise<void> {
@@ -243,6 +247,12 @@ class LinearBinder {
     this.#scratch = await gpu.allocate(
       "partial sums of the linear layers",
       () => gpu.storage("linear scratch", bytes),
+    );
+    if (this.#parts.spec.profile.decode !== "int8") return;
+    const k = Math.max(...layers.map((matrix) => matrix.k));
+    this.#int8Rows = await gpu.allocate(
+      "activations as integers",
+      () => createInt8Rows(gpu, k, limits.maxRows),
     );
   }
 
@@ -310,6 +320,7 @@ class LinearBinder {
       store,
       maxRows,
       scratch: this.#scratch!,
+      int8Rows: this.#int8Rows,
       finish,
       ranges,
       profile: spec.profile,
@@ -322,5 +333,7 @@ class LinearBinder {
   destroy(): void {
     this.#bound.splice(0).forEach((linear) => linear.destroy());
     this.#scratch?.destroy();
+    this.#int8Rows?.values.destroy();
+    this.#int8Rows?.scales.destroy();
   }
 }

@@ -21,6 +21,8 @@ import {
 import type { StageLimits } from "./protocol.ts";
 
 const F32 = 4, F16 = 2, U32 = 4;
+/** An activation as an integer, with its part of a scale of 16 at least. */
+const INT8 = 1 + F32 / 16;
 
 /** Rows of N are padded to this much per row block of a matrix, at most. */
 const N_ALIGN = 256;
@@ -135,7 +137,8 @@ function scratchFootprint(config: ModelConfig, stage: StageRange, limits: StageL
     heads * headDim * F16 + // attention output
     2 * ffnSize * F32 + // gate | up
     ffnSize * F16 + // SwiGLU output
-    2 * hiddenSize * F16 // activations on their way in and out
+    2 * hiddenSize * F16 + // activations on their way in and out
+    Math.max(hiddenSize, heads * headDim, ffnSize) * INT8 // a matrix's input as integers
   );
   const rope = limits.contextTokens * roundUp(headDim, 2) * F32;
   return activations + rope + attentionPartials(config, limits) + linearPartials(config, limits) +

@@ -124,7 +124,8 @@ export class Uniforms {
       (sum, range) => sum + (range === "prefill" ? prefillChunks : chunks),
       0,
     );
-    const bytes = Math.max(1, entries * matrix.blocks.length) * this.#stride;
+    // Of each range, one more for the rounding of its rows.
+    const bytes = (entries * matrix.blocks.length + ranges.length) * this.#stride;
     this.#words = new Uint32Array(bytes / 4);
     this.buffer = gpu.buffer(
       `${label} uniforms`,

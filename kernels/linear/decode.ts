@@ -26,10 +26,12 @@ import {
 } from "./dequantize_kernel.ts";
 import { dequantizeKernelWgsl } from "./dequantize_wgsl.ts";
 import { int8Kernel } from "./int8_kernel.ts";
+import { encodeInt8Rows, type Int8Rows, type Int8RowsPlan, planInt8Rows } from "./int8_rows.ts";
 import { int8KernelWgsl } from "./int8_wgsl.ts";
 import type { Output } from "./output_wgsl.ts";
 import { psumbookKernel, workgroupColumns } from "./psumbook_kernel.ts";
 import { psumbookKernelWgsl } from "./psumbook_wgsl.ts";
+import { int8GroupK } from "./order.ts";
 import { REDUCE_BINDINGS, reduceColumns, type ReduceOrder, reduceWgsl } from "./reduce_wgsl.ts";
 import type { LinearOptions, Matrix, PairFinish } from "./types.ts";
 import type { DecodeChoice, Variant } from "./variant.ts";
@@ -37,6 +39,8 @@ import { choiceOf, codeThreads, decodeFamily, familyBatches, kernelFor } from ".
 import type { Batch, Target } from "./wgsl.ts";
 
 const CODE_BINDINGS = ["uniform", "uniform", "read", "read", "read", "read", "write"] as const;
+/** With rows as integers, and their scales last. */
+const INT8_BINDINGS = [...CODE_BINDINGS, "read"] as const;
 const DENSE_BINDINGS = ["uniform", "uniform", "read", "read", "write"] as const;
 /** K that kernels of wide codes and software adapters take at a turn, until autotuning says better. */
 const TURN_K = 64;
@@ -50,6 +54,8 @@ export interface DecodeCode {
   splitGroups: number;
   /** Whole sums are finished in the kernel, which is bound to what its output's finish needs. */
   finishes: boolean;
+  /** Its input are rows as integers. */
+  rounded?: boolean;
 }
 
 /** Code that runs behind the sums of a kernel. */
@@ -73,12 +79,19 @@ type Compiled<C extends { code: string }> = Omit<C, "code"> & { pipeline: GPUCom
 
 type DecodeKernel = Compiled<DecodeCode & { batch: Batch }>;
 
-/** One chunk of rows of one binding block: what to set and dispatch. */
-interface DecodeDispatch {
+/** What kernels of one kind of input are bound to. */
+interface KernelGroups {
   /** For kernels that store or finish the layer's result themselves. */
   direct: GPUBindGroup;
   /** For those that leave sums in the scratch, and for what comes behind them. */
   partial: GPUBindGroup;
+}
+
+/** One chunk of rows of one binding block: what to set and dispatch. */
+interface DecodeDispatch {
+  inputs: KernelGroups;
+  /** Of kernels whose input are integers. */
+  int8Inputs: KernelGroups | null;
   reduce: GPUBindGroup | null;
   n: number;
 }
@@ -90,6 +103,8 @@ export interface DecodePlan {
   kernels: DecodeKernel[];
   reduce: Compiled<ReduceCode> | null;
   finish: Compiled<ReduceCode> | null;
+  /** Ahead of kernels whose input are integers. */
+  rounding: Int8RowsPlan | null;
   /** `[chunk][binding block]` */
   chunks: DecodeDispatch[][];
 }
@@ -137,7 +152,7 @@ export async function planDecode(
     const pipeline = await gpu.pipeline({
       label: `${label} x${kernel.batch}`,
       code,
-      bindings: kernel.finishes ? finishBindings : bindings,
+      bindings: kernel.rounded ? INT8_BINDINGS : kernel.finishes ? finishBindings : bindings,
     });
     kernels.push({ ...kernel, pipeline });
   }
@@ -155,6 +170,9 @@ export async function planDecode(
   const finishing = await compiled(program.finish);
 
   const finishes = kernels.some((kernel) => kernel.finishes);
+  const rounded = kernels.some((kernel) => kernel.rounded);
+  const { int8Rows } = options;
+  invariant(!rounded || int8Rows, `${label} has buffers for rows as integers`);
   const chunks: DecodeDispatch[][] = [];
   for (let base = 0; base < maxRows; base += chunkRows) {
     chunks.push(matrix.blocks.map((block) => {
@@ -170,9 +188,26 @@ export async function planDecode(
           ...weights,
           ...target,
         ]);
+      const int8Into = ({ values, scales }: Int8Rows, target: GPUBuffer) =>
+        bindGroup(gpu, `${label} ${range}, int8`, INT8_BINDINGS, [
+          step,
+          params,
+          values,
+          ...weights,
+          target,
+          scales,
+        ]);
       return {
-        direct: finishes ? into(output.buffer, ...finish!.buffers) : into(output.buffer),
-        partial: into(scratch),
+        inputs: {
+          direct: finishes ? into(output.buffer, ...finish!.buffers) : into(output.buffer),
+          partial: into(scratch),
+        },
+        int8Inputs: rounded
+          ? {
+            direct: int8Into(int8Rows!, output.buffer),
+            partial: int8Into(int8Rows!, scratch),
+          }
+          : null,
         reduce: (reduce ?? finishing) === null
           ? null
           : bindGroup(gpu, `${label} reduce`, reduceBindings, [
@@ -186,7 +221,10 @@ export async function planDecode(
       };
     }));
   }
-  return { chunkRows, kernels, reduce, finish: finishing, chunks };
+  const rounding = rounded
+    ? await planInt8Rows(options, int8Rows!, int8GroupK(matrix), range, uniforms)
+    : null;
+  return { chunkRows, kernels, reduce, finish: finishing, rounding, chunks };
 }
 
 /** Adds the dispatches for `rows` rows to the pass. */
@@ -196,14 +234,20 @@ export function encodeDecode(
   rows: number,
   { name }: Matrix,
 ): void {
+  let rounded = false;
   for (let c = 0, from = 0; from < rows; c++, from += plan.chunkRows) {
     invariant(c < plan.chunks.length, `${name} was bound for fewer than ${rows} rows`);
     const count = Math.min(plan.chunkRows, rows - from);
     const kernel = kernelFor(plan.kernels, count);
+    if (kernel.rounded && !rounded) {
+      encodeInt8Rows(pass, plan.rounding!, rows);
+      rounded = true;
+    }
     const behind = kernel.splitGroups > 1 ? plan.reduce : kernel.finishes ? null : plan.finish;
     for (const dispatch of plan.chunks[c]) {
+      const { direct, partial } = kernel.rounded ? dispatch.int8Inputs! : dispatch.inputs;
       pass.setPipeline(kernel.pipeline);
-      pass.setBindGroup(0, behind ? dispatch.partial : dispatch.direct);
+      pass.setBindGroup(0, behind ? partial : direct);
       pass.dispatchWorkgroups(
         Math.ceil(dispatch.n / kernel.columns),
         kernel.splitGroups,
@@ -288,19 +332,20 @@ export function decodeCode(
     const shaped = (choice: DecodeChoice) =>
       dequantizeKernel(format, order, batch, { ...variant, ...choice }, room);
     const made = sharedCode(options, shaped, choice, whole, dequantizeKernelWgsl);
-    if (made !== null) return made;
+    if (made !== null) return made.code;
   }
   if (family === "int8") {
     invariant(isVectorInput(options), "rows of a K of whole words begin at fours");
     const shaped = (choice: DecodeChoice) =>
       int8Kernel(format, order, batch, { ...variant, ...choice }, room);
-    return sharedCode(
+    const made = sharedCode(
       options,
       shaped,
       choice,
       whole,
       (kernel, target) => int8KernelWgsl(kernel, members.length, target),
     );
+    return made && { ...made.code, rounded: made.kernel.rounded };
   }
   const { splits } = layerSplits(options);
   const target = splits > 1 ? "partial" : stored;
@@ -351,7 +396,7 @@ function sharedCode<K extends WorkgroupShare>(
   choice: DecodeChoice,
   whole: Output,
   code: (kernel: K, target: Output | "partial") => string,
-): DecodeCode | null {
+): { kernel: K; code: DecodeCode } | null {
   const { finish } = whole;
   const chosen = shaped(choice);
   // A dispatch behind the kernel costs more than a chosen shape gains over the usual one.
@@ -363,10 +408,13 @@ function sharedCode<K extends WorkgroupShare>(
   const finishes = kernel === finishing;
   const leaves = !holdsWholeSums(kernel) || finish && !finishes;
   return {
-    code: code(kernel, leaves ? "partial" : whole),
-    columns: shareColumns(kernel),
-    splitGroups: kernel.order.dequantize.splits / kernel.splits,
-    finishes,
+    kernel,
+    code: {
+      code: code(kernel, leaves ? "partial" : whole),
+      columns: shareColumns(kernel),
+      splitGroups: kernel.order.dequantize.splits / kernel.splits,
+      finishes,
+    },
   };
 }
 

@@ -37,6 +37,8 @@ export interface Int8Kernel extends WorkgroupShare {
   gatherQuads: number;
   /** How often each centroid stands in workgroup memory, a power of two. */
   copies: number;
+  /** Activations come as integers; else the workgroup rounds them itself. */
+  rounded: boolean;
   /** WGSL has packed dot products. */
   packed: boolean;
 }
@@ -101,8 +103,9 @@ export function int8Kernel(
     copies: 1,
     packed: hasPackedDot(),
   };
+  // A dispatch that rounds costs few rows more than rounding in each workgroup.
   if (batch < SPLIT_BATCH && splits * MIN_LANES <= room.maxThreads) {
-    const whole = { ...kernel, ...wholeShape(order, choice, room) };
+    const whole = { ...kernel, ...wholeShape(order, choice, room), rounded: false };
     const fitting = fit(whole, MAX_COPIES, splitTurns(whole), room);
     if (fitting !== null) return fitting;
   }
@@ -110,7 +113,7 @@ export function int8Kernel(
   const threads = Math.min(choice.codeThreads ?? SPLIT_THREADS, room.maxThreads);
   const share = { splits: 1, rowsPerThread, lanes: lanesOf(room, rowsPerThread, threads) };
   const turns = Math.max(1, Math.floor(SPLIT_LOCAL_K / (kernel.turnPositions * format.v)));
-  return fit({ ...kernel, ...share }, FEW_COPIES, turns, room);
+  return fit({ ...kernel, ...share, rounded: true }, FEW_COPIES, turns, room);
 }
 
 /** The kernel with as many copies of its centroids, and turns' activations, as fit. */

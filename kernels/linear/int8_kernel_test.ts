@@ -2,7 +2,7 @@ import { assert, assertAlmostEquals, assertEquals } from "@std/assert";
 import type { Gpu } from "../gpu.ts";
 import { withGpu } from "../gpu_fixture.ts";
 import { formatOf, ROOMS, SHAPES, total } from "./decode_fixture.ts";
-import { holdsPairs, holdsWholeSums, shareColumns, shareThreads } from "./dequantize_kernel.ts";
+import { holdsPairs, shareColumns, shareThreads } from "./dequantize_kernel.ts";
 import { int8Bytes, type Int8Kernel, int8Kernel, splitTurns } from "./int8_kernel.ts";
 import { loadMatrix, loadStack } from "./matrix.ts";
 import { codeOrder, roundUp } from "./order.ts";

@@ -2,10 +2,11 @@
  * WGSL of the decode kernel of the `int8` family: a code gathers its centroid, four integers a word,
  * and a dot product adds its products with four activations to an integer.
  *
- * Workgroups round the activations themselves, in three steps with a barrier behind each: the largest
- * magnitude of every 16 K, by the thread that holds them; that of their group; the integers and the
- * group's scale. `int8.ts` says what they are rounded to. The products of a group are summed exactly,
- * then scaled by both scales and added in float32, groups of a split by rising K.
+ * Activations of few rows are rounded by each workgroup itself, in three steps with a barrier behind
+ * each: the largest magnitude of every 16 K, by the thread that holds them; that of their group; the
+ * integers and the group's scale. Those of more rows come rounded (`int8_rows.ts`). `int8.ts` says
+ * what they are rounded to. The products of a group are summed exactly, then scaled by both scales and
+ * added in float32, groups of a split by rising K.
  *
  * Where threads stand, and how sums leave, is the dequantizing kernel's; so is the order of splits.
  *
@@ -20,7 +21,7 @@ import { inputWords, type Int8Kernel, splitTurns } from "./int8_kernel.ts";
 import { familyOrder, INT8_WORD_K } from "./order.ts";
 import { type Output, outputWgsl } from "./output_wgsl.ts";
 import { eachScale, eachWord, scaleOf, threadRowsWgsl, wordOf } from "./thread_rows_wgsl.ts";
-import { batchRowsWgsl, HEADER_WGSL, times } from "./wgsl.ts";
+import { HEADER_WGSL, times } from "./wgsl.ts";
 
 const OUTPUT_BINDING = 6;
 
@@ -38,7 +39,7 @@ export function int8KernelWgsl(
   const { format: { m, v }, order, batch, splits, lanes, rowsPerThread, copies } = kernel;
   const { unitPositions } = familyOrder(order, "int8");
   return /* wgsl */ `${HEADER_WGSL}
-@group(0) @binding(2) var<storage, read> x: array<vec4<f16>>;
+@group(0) @binding(2) var<storage, read> x: array<${kernel.rounded ? "vec4<u32>" : "vec4<f16>"}>;
 @group(0) @binding(3) var<storage, read> codes: array<vec4<u32>>;
 @group(0) @binding(4) var<storage, read> codebooks: array<u32>;
 @group(0) @binding(5) var<storage, read> scales: array<vec4<f16>>;
@@ -47,20 +48,22 @@ ${
       ? `@group(0) @binding(${OUTPUT_BINDING}) var<storage, read_write> y: array<vec4<f32>>;`
       : outputWgsl(target, OUTPUT_BINDING)
   }
+${
+    kernel.rounded
+      ? `@group(0) @binding(${OUTPUT_BINDING + 1}) var<storage, read> x_scales: array<f32>;`
+      : ""
+  }
 ${int8Wgsl(kernel.packed)}
 ${declarations(kernel)}
-
-// Where the activations of a row of this batch begin, in fours.
-fn input_of(row: u32) -> u32 {
-  return (params.x_offset + (range_start() + row) * params.x_stride) / 4u;
-}
 
 @compute @workgroup_size(${shareThreads(kernel)})
 fn main(
   @builtin(local_invocation_index) lane: u32,
   @builtin(workgroup_id) workgroup: vec3<u32>,
 ) {
-${batchRowsWgsl(batch, (row) => `input_of(${row})`)}
+  let rows = range_rows();
+  let first = params.row_base + workgroup.z * ${batch}u;
+  if (first >= rows) { return; }
 ${threadRowsWgsl(kernel, lanes, `lane % ${lanes}u`)}
   let split = workgroup.y * ${splits}u + lane / ${lanes}u;
   let start = split * ${splitPositions(order)}u;
@@ -74,7 +77,7 @@ ${fillTables(kernel)}
 ${times(rowsPerThread, (r) => times(batch, (b) => `  var acc${r}_${b} = 0.0;`))}
   for (var chunk = 0u; chunk < ${splitTurns(kernel)}u; chunk += ${kernel.inputTurns}u) {
     if (chunk > 0u) { workgroupBarrier(); }
-${roundInputs(kernel)}
+${kernel.rounded ? copyInputs(kernel) : roundInputs(kernel)}
     workgroupBarrier();
     let slots = lane / ${lanes}u * ${kernel.inputTurns}u;
     for (var turn = chunk; turn < min(chunk + ${kernel.inputTurns}u, turns); turn++) {
@@ -138,7 +141,8 @@ function roundInputs(kernel: Int8Kernel): string {
       `    let item${j} = min(lane + ${j * threads}u, ${words.all - 1}u);
     let slot${j} = item${j} / ${batch * words.turn}u;
     let at${j} = item${j} % ${batch * words.turn}u;
-    let from${j} = input_of(min(first + at${j} / ${words.turn}u, rows - 1u))
+    let row${j} = range_start() + min(first + at${j} / ${words.turn}u, rows - 1u);
+    let from${j} = (params.x_offset + row${j} * params.x_stride) / 4u
       + ((workgroup.y * ${splits}u + slot${j} / ${inputTurns}u) * ${
         splitTurns(kernel)
       }u + chunk + slot${j} % ${inputTurns}u) * ${turnPositions * v / 4}u
@@ -178,6 +182,33 @@ ${
       }
     }`
     )
+  }`;
+}
+
+/** The activations of the chunk's turns, which are integers, and the scales of their groups. */
+function copyInputs(kernel: Int8Kernel): string {
+  const { splits, batch, inputTurns } = kernel;
+  const copy = (perTurn: number, body: (slot: string, place: string, from: string) => string) =>
+    `    for (var i = lane; i < ${splits * inputTurns * batch * perTurn}u; i += ${
+      shareThreads(kernel)
+    }u) {
+      let slot = i / ${batch * perTurn}u;
+      let place = i % ${batch * perTurn}u;
+      let row = range_start() + min(first + place / ${perTurn}u, rows - 1u);
+      let turn = (workgroup.y * ${splits}u + slot / ${inputTurns}u) * ${splitTurns(kernel)}u + chunk
+        + slot % ${inputTurns}u;
+      ${body("slot", "place", `turn * ${perTurn}u + place % ${perTurn}u`)}
+    }`;
+  const words = inputWords(kernel).turn;
+  const groups = turnGroups(kernel);
+  const perRow = (perTurn: number) =>
+    `row * (params.k / ${kernel.turnPositions * kernel.format.v}u * ${perTurn}u)`;
+  return `${
+    copy(words, (slot, place, from) => `inputs[${slot}][${place}] = x[${perRow(words)} + ${from}];`)
+  }
+${
+    copy(groups, (slot, place, from) =>
+      `input_scales[${slot}][${place}] = x_scales[${perRow(groups)} + ${from}] * book_scale;`)
   }`;
 }
 

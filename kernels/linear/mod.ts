@@ -5,6 +5,7 @@
  */
 export { CANDIDATES, type Trial, type Tuned, tuneLinear, tuningKey } from "./autotune.ts";
 export { linearScratchBytes } from "./binding.ts";
+export { createInt8Rows, type Int8Rows } from "./int8_rows.ts";
 export { createLinear } from "./linear.ts";
 export { isStackable, loadMatrix, loadStack, matrixBytes } from "./matrix.ts";
 export type { LoadOptions, StackMember } from "./matrix.ts";

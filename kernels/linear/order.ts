@@ -244,6 +244,17 @@ function int8Positions({ m, v }: { m: number; v: number }, most: number): number
   return null;
 }
 
+/** K whose activations share a scale as integers. */
+export function int8GroupK(
+  { format, order }: { format: CodeGemmFormat | null; order: CodeOrder | DenseOrder },
+): number {
+  invariant(
+    format !== null && order.kind === "code" && order.int8Positions !== null,
+    "integers are for these codes",
+  );
+  return order.int8Positions * format.v;
+}
+
 /** How a kernel family sums the codes of a matrix. */
 export function familyOrder(order: CodeOrder, family: NumericsProfile["decode"]): GroupOrder {
   switch (family) {

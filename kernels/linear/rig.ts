@@ -9,6 +9,7 @@ import type { Gpu } from "../gpu.ts";
 import type { LinearStore, RowRange, StepShape } from "../kernel.ts";
 import { stepWords } from "../kernel.ts";
 import { linearScratchBytes } from "./binding.ts";
+import { createInt8Rows } from "./int8_rows.ts";
 import { createLinear } from "./linear.ts";
 import type { Matrix } from "./types.ts";
 import type { Variant } from "./variant.ts";
@@ -46,6 +47,7 @@ export async function runLinear(gpu: Gpu, run: RigRun): Promise<Float32Array<Arr
   const input = gpu.upload("rig x", run.x);
   const output = gpu.upload("rig y", y);
   const scratch = gpu.storage("rig scratch", scratchBytes);
+  const int8Rows = createInt8Rows(gpu, matrix.k, rows);
   const step = gpu.buffer("rig step", 16, GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST);
   gpu.write(step, 0, stepWords(shape));
   const linear = await createLinear({
@@ -58,6 +60,7 @@ export async function runLinear(gpu: Gpu, run: RigRun): Promise<Float32Array<Arr
     store: run.store ?? "store",
     maxRows,
     scratch,
+    int8Rows,
     ranges: run.ranges,
     profile: { version: 1, decode: run.profile ?? "codegemm" },
     variant: run.variant,
@@ -68,7 +71,7 @@ export async function runLinear(gpu: Gpu, run: RigRun): Promise<Float32Array<Arr
   pass.end();
   gpu.device.queue.submit([encoder.finish()]);
   const result = new Float32Array(await gpu.read(output, y.byteLength));
-  for (const buffer of [input, output, scratch, step]) buffer.destroy();
+  for (const buffer of [input, output, scratch, step, ...Object.values(int8Rows)]) buffer.destroy();
   linear.destroy();
   return result;
 }

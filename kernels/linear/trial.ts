@@ -7,6 +7,7 @@ import type { NumericsProfile } from "../../shared/protocol.ts";
 import type { Gpu } from "../gpu.ts";
 import { STEP_BYTES, type StepShape, stepWords } from "../kernel.ts";
 import { linearScratchBytes } from "./binding.ts";
+import { createInt8Rows, type Int8Rows } from "./int8_rows.ts";
 import { createLinear } from "./linear.ts";
 import type { Linear, Matrix } from "./types.ts";
 import type { Variant } from "./variant.ts";
@@ -37,6 +38,7 @@ export class TrialBuffers {
   readonly #input: GPUBuffer;
   readonly #scratch: GPUBuffer;
   readonly #step: GPUBuffer;
+  readonly #int8Rows: Int8Rows;
 
   /** @param x float16 activations, K elements a row */
   constructor(gpu: Gpu, { n, k, format, order }: Matrix, x: Float16Array<ArrayBuffer>) {
@@ -46,6 +48,7 @@ export class TrialBuffers {
     this.output = gpu.storage("trial y", this.#rows * n * 4);
     const scratchBytes = linearScratchBytes([n, k], format, this.#rows, order);
     this.#scratch = gpu.storage("trial sums", scratchBytes);
+    this.#int8Rows = createInt8Rows(gpu, k, this.#rows);
     const usage = GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST;
     this.#step = gpu.buffer("trial step", STEP_BYTES, usage);
   }
@@ -75,6 +78,7 @@ export class TrialBuffers {
       store,
       maxRows: this.#rows,
       scratch: this.#scratch,
+      int8Rows: this.#int8Rows,
       ranges: [range],
       profile: { version: 0, decode },
       variant,
@@ -82,6 +86,8 @@ export class TrialBuffers {
   }
 
   destroy(): void {
-    for (const buffer of [this.#input, this.output, this.#scratch, this.#step]) buffer.destroy();
+    const { values, scales } = this.#int8Rows;
+    const buffers = [this.#input, this.output, this.#scratch, this.#step, values, scales];
+    for (const buffer of buffers) buffer.destroy();
   }
 }

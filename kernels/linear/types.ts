@@ -7,6 +7,7 @@ import type { CodeGemmFormat } from "../../shared/model_config.ts";
 import type { NumericsProfile } from "../../shared/protocol.ts";
 import type { BindingKind, Gpu } from "../gpu.ts";
 import type { LinearStore, RowRange, RowsView, StepShape } from "../kernel.ts";
+import type { Int8Rows } from "./int8_rows.ts";
 import type { CodeOrder, DenseOrder } from "./order.ts";
 import type { Variant } from "./variant.ts";
 
@@ -85,6 +86,11 @@ export interface LinearOptions {
    * all linear layers of a stage, because dispatches of a pass run in order.
    */
   scratch: GPUBuffer;
+  /**
+   * For rows as integers, of at least this layer's K and `maxRows`: where the profile's family is
+   * `int8`. One pair may serve all layers of a stage.
+   */
+  int8Rows?: Int8Rows;
   /** Taken where the layer can: see {@linkcode Linear.finishes}. */
   finish?: PairFinish;
   /** The ranges that `encode` will be called with. */

@@ -1,0 +1,130 @@
+/**
+ * Rows of activations rounded to integers ahead of the kernels that multiply them: where many
+ * workgroups read the same rows, rounding them once costs less than in each.
+ *
+ * @module
+ */
+import type { Gpu } from "../gpu.ts";
+import type { RowRange } from "../kernel.ts";
+import { bindGroup, type Uniforms } from "./binding.ts";
+import { INT8_MAX, INT8_STEP, int8Wgsl } from "./int8.ts";
+import { hasPackedDot } from "./code_words_wgsl.ts";
+import { INT8_WORD_K } from "./order.ts";
+import type { LinearOptions } from "./types.ts";
+import { HEADER_WGSL, times } from "./wgsl.ts";
+
+/**
+ * The rows of a step's view as integers. Row r of the view, of K elements in groups of G
+ * (`int8Positions * v`), has its own place whatever range it is of.
+ */
+export interface Int8Rows {
+  /** int8, row-major `(rows, K)`: `vec4<u32>` of 16 elements. */
+  values: GPUBuffer;
+  /** float32, row-major `(rows, K / G)`. */
+  scales: GPUBuffer;
+}
+
+/** The least K of a group that any format has. */
+const LEAST_GROUP_K = INT8_WORD_K;
+const THREADS = 128;
+const BINDINGS = ["uniform", "uniform", "read", "write", "write"] as const;
+
+/** Bytes of the buffers for rows of up to `k` elements. */
+export function int8RowsBytes(k: number, rows: number): { values: number; scales: number } {
+  return { values: rows * k, scales: rows * k / LEAST_GROUP_K * 4 };
+}
+
+/** Buffers for rows of up to `k` elements; one pair may serve all layers of a stage. */
+export function createInt8Rows(gpu: Gpu, k: number, rows: number): Int8Rows {
+  const bytes = int8RowsBytes(k, rows);
+  return {
+    values: gpu.storage("int8 rows", bytes.values),
+    scales: gpu.storage("scales of int8 rows", bytes.scales),
+  };
+}
+
+/** The rounding of a range's rows, bound. */
+export interface Int8RowsPlan {
+  pipeline: GPUComputePipeline;
+  bindGroup: GPUBindGroup;
+  /** Workgroups of a row. */
+  groups: number;
+}
+
+/**
+ * Compiles and binds the rounding of a range's rows; the layer's input is bound as vectors of 4.
+ *
+ * @param groupK K of a group, a multiple of 16
+ * @throws FleetError `gpu`
+ */
+export async function planInt8Rows(
+  { gpu, label, matrix, step, input }: LinearOptions,
+  rows: Int8Rows,
+  groupK: number,
+  range: RowRange,
+  uniforms: Uniforms,
+): Promise<Int8RowsPlan> {
+  const params = uniforms.add(matrix.blocks[0], { row_base: 0, row_cap: 0, range });
+  return {
+    pipeline: await gpu.pipeline({
+      label: `${label} rounding`,
+      code: int8RowsWgsl(groupK, hasPackedDot()),
+      bindings: BINDINGS,
+    }),
+    bindGroup: bindGroup(gpu, `${label} rounding`, BINDINGS, [
+      step,
+      params,
+      input.buffer,
+      rows.values,
+      rows.scales,
+    ]),
+    groups: Math.ceil(matrix.k / INT8_WORD_K / THREADS),
+  };
+}
+
+/** Adds the dispatch for a range's rows to the pass. */
+export function encodeInt8Rows(
+  pass: GPUComputePassEncoder,
+  { pipeline, bindGroup, groups }: Int8RowsPlan,
+  rows: number,
+): void {
+  pass.setPipeline(pipeline);
+  pass.setBindGroup(0, bindGroup);
+  pass.dispatchWorkgroups(groups, rows);
+}
+
+/** A thread rounds 16 elements; those of a group tell each other the largest in workgroup memory. */
+function int8RowsWgsl(groupK: number, packed: boolean): string {
+  const words = groupK / INT8_WORD_K;
+  return /* wgsl */ `${HEADER_WGSL}
+@group(0) @binding(2) var<storage, read> x: array<vec4<f16>>;
+@group(0) @binding(3) var<storage, read_write> values: array<vec4<u32>>;
+@group(0) @binding(4) var<storage, read_write> scales: array<f32>;
+${int8Wgsl(packed)}
+var<workgroup> largests: array<f32, ${THREADS}>;
+
+@compute @workgroup_size(${THREADS})
+fn main(
+  @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) workgroup: vec3<u32>,
+) {
+  let row = range_start() + workgroup.y;
+  let words = params.k / ${INT8_WORD_K}u;
+  let word = workgroup.x * ${THREADS}u + lane;
+  let at = (params.x_offset + row * params.x_stride) / 4u + min(word, words - 1u) * 4u;
+${times(4, (q) => `  let x${q} = x[at + ${q}u];`)}
+  let most = max(max(abs(x0), abs(x1)), max(abs(x2), abs(x3)));
+  largests[lane] = f32(max(max(most.x, most.y), max(most.z, most.w)));
+  workgroupBarrier();
+  let group = lane - lane % ${words}u;
+  var largest = 0.0;
+${times(words, (i) => `  largest = max(largest, largests[group + ${i}u]);`)}
+  if (word >= words || workgroup.y >= range_rows()) { return; }
+  let inverse = select(0.0, ${INT8_MAX}.0 / largest, largest > 0.0);
+  values[row * words + word] = vec4<u32>(${
+    [0, 1, 2, 3].map((q) => `pack_int8(vec4<f32>(x${q}) * inverse)`).join(", ")
+  });
+  if (lane == group) { scales[(row * words + word) / ${words}u] = largest * ${INT8_STEP}; }
+}
+`;
+}
