@@ -13,7 +13,7 @@ import { FleetError } from "../shared/errors.ts";
 import { parseFlags, runCommand } from "../shared/flags.ts";
 import { connectNats, requireJetStream } from "../shared/nats_bus.ts";
 import { NATS_FLAGS } from "../shared/nats_flags.ts";
-import { COORDINATOR, fastestDecode, subjects } from "../shared/protocol.ts";
+import { COORDINATOR, fastestDecode, PROFILE_VERSION, subjects } from "../shared/protocol.ts";
 import { createTokenizer } from "../shared/tokenizer.ts";
 import { createApi } from "./api/mod.ts";
 import { watchDisconnects } from "./disconnects.ts";
@@ -24,8 +24,6 @@ import { publishModel } from "./model_source.ts";
 import { natsLeaseStore } from "./nats_lease.ts";
 import type { FleetEvent } from "./snapshot.ts";
 
-/** The kernels' order of operations; raised when a kernel changes it. */
-const PROFILE_VERSION = 4;
 /** How long running answers, and the next coordinator, may take to hear that this one goes. */
 const GOODBYE_MS = 1_000;
 
@@ -96,7 +94,7 @@ const COMMAND = {
       env: "CODEGEMM_DECODE",
       default: "auto",
       help:
-        "kernel family of decode rows: codegemm, dequantize, or auto: what the format is fastest with",
+        "kernel family: codegemm, dequantize, or auto: the faster of them for the format; or int8, which rounds activations and centroids to eight bits: faster for several sequences at once, a little less exact",
     },
   },
 } as const;

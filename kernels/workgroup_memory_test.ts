@@ -115,7 +115,7 @@ Deno.test("every decode kernel, with every choice of autotuning, keeps to thread
   let kernels = 0;
   for (const matrix of matrices()) {
     for (const limits of LIMITS) {
-      for (const decode of ["codegemm", "dequantize"] as const) {
+      for (const decode of ["codegemm", "dequantize", "int8"] as const) {
         const family = decodeFamily(matrix, { decode });
         for (const software of [false, true]) {
           const variant = defaultVariant(software);

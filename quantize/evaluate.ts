@@ -9,6 +9,7 @@ import { type Checkpoint, formatName, openCheckpoint } from "../shared/checkpoin
 import { directorySource } from "../shared/checkpoint/directory.ts";
 import { FleetError } from "../shared/errors.ts";
 import { parseFlags, runCommand } from "../shared/flags.ts";
+import { type NumericsProfile, PROFILE_VERSION } from "../shared/protocol.ts";
 import { Gpu } from "../kernels/gpu.ts";
 import { perplexity, perplexityLimits, StageChain } from "../model/mod.ts";
 import { judge, type JudgeOptions } from "./judge.ts";
@@ -76,6 +77,11 @@ if (import.meta.main) {
           help: "tokens predicted before the context starts anew",
         },
         max: { type: "integer", min: 1, help: "predicted tokens to stop at" },
+        int8: {
+          type: "boolean",
+          help:
+            "multiply in eight-bit integers, as a fleet with --decode int8 does; not the reference",
+        },
         software: { type: "boolean", help: "run on the CPU where there is no GPU" },
       },
     });
@@ -93,19 +99,20 @@ if (import.meta.main) {
       models.push({ name, path, checkpoint });
     }
     const gpu = await Gpu.open({ software: flags.software });
-    const load = (checkpoint: Checkpoint) =>
+    const load = (checkpoint: Checkpoint, decode: NumericsProfile["decode"]) =>
       StageChain.load({
         gpu,
         config: checkpoint.config,
         tensors: checkpoint,
         limits: perplexityLimits(flags.window),
+        profile: { version: PROFILE_VERSION, decode },
       });
     try {
-      const measure = reference ? await load(reference) : null;
+      const measure = reference ? await load(reference, "codegemm") : null;
       const rows: EvaluateRow[] = [];
       for (const { name, path, checkpoint } of models) {
         const { vocabSize, codegemm } = checkpoint.config;
-        const chain = await load(checkpoint);
+        const chain = await load(checkpoint, flags.int8 ? "int8" : "codegemm");
         const startedMs = performance.now();
         const options: JudgeOptions = {
           windowTokens: flags.window,

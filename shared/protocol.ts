@@ -18,7 +18,7 @@ import { FleetError } from "./errors.ts";
 import { LIMITS } from "./limits.ts";
 
 /** Both ends must speak the same one; raised with every change of a frame or message. */
-export const PROTOCOL_VERSION = 2;
+export const PROTOCOL_VERSION = 3;
 
 /** Prefix of a fleet's subjects where none is given. */
 export const DEFAULT_PREFIX = "fleet";
@@ -119,6 +119,9 @@ export const Beat = z.object({
 });
 /** A sign of life. */
 export type Beat = z.infer<typeof Beat>;
+
+/** The version of profiles made by this code. */
+export const PROFILE_VERSION = 4;
 
 /** What decides every bit of a row's arithmetic; see DESIGN: recorded in the plan. */
 export const NumericsProfile = z.object({

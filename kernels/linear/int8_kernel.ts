@@ -47,9 +47,8 @@ export interface Int8Kernel extends WorkgroupShare {
 const MAX_COPIES = 16;
 /** With these, gathers for many rows take less than their products do. */
 const FEW_COPIES = 4;
-/** Fours of K whose centroids fit the registers of many threads, and of few. */
-const GATHER_QUADS = 8;
-const TALL_GATHER_QUADS = 16;
+/** More would keep the registers of sums and of the code words ahead. */
+const GATHER_QUADS = 4;
 /** Threads of a workgroup that takes a split, and K whose activations it holds. */
 const SPLIT_THREADS = 128;
 const SPLIT_LOCAL_K = 256;
@@ -97,8 +96,8 @@ export function int8Kernel(
     batch,
     groupPositions,
     turnPositions: turnPositions(format, int8Order, choice.turnK ?? groupPositions * format.v),
-    prefetch: choice.prefetch ?? batch < SPLIT_BATCH,
-    gatherQuads: batch < SPLIT_BATCH || format.m > 1 ? GATHER_QUADS : TALL_GATHER_QUADS,
+    prefetch: choice.prefetch ?? true,
+    gatherQuads: GATHER_QUADS,
     inputTurns: 1,
     copies: 1,
     packed: hasPackedDot(),
