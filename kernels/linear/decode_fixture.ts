@@ -6,8 +6,10 @@
 import { parseFormatName } from "../../shared/checkpoint/mod.ts";
 import { invariant } from "../../shared/errors.ts";
 import { type CodeGemmFormat, matrixFormat } from "../../shared/model_config.ts";
-import { codeOrder, denseOrder } from "./order.ts";
+import type { KernelRoom } from "./dequantize_kernel.ts";
+import { type CodeOrder, codeOrder, denseOrder } from "./order.ts";
 import type { Matrix } from "./types.ts";
+import { type Batch, BATCHES } from "./wgsl.ts";
 
 /** Stacks of N, and K: Llama-3 70B's, 8B's, then small and uneven ones. */
 export const SHAPES: readonly [members: number[], k: number][] = [
@@ -55,4 +57,35 @@ export function outlineOf(members: number[], k: number, format: CodeGemmFormat |
     members: members.map((rows, i) => ({ start: total(members.slice(0, i)), n: rows })),
     blocks: [{ start: 0, n }],
   } as unknown as Matrix;
+}
+
+/** A kernel's surroundings. */
+export interface DecodeCase {
+  format: CodeGemmFormat;
+  order: CodeOrder;
+  members: number[];
+  batch: Batch;
+  /** Which of {@linkcode ROOMS}. */
+  room: number;
+  limits: KernelRoom;
+  /** For messages. */
+  name: string;
+}
+
+/** Every batch of every one of {@linkcode SHAPES} in every one of {@linkcode ROOMS}. */
+export function* decodeCases(formats: readonly string[]): Generator<DecodeCase> {
+  for (const formatName of formats) {
+    const format = formatOf(formatName);
+    for (const [members, k] of SHAPES) {
+      const n = total(members);
+      const order = codeOrder([n, k], format, undefined, members);
+      for (const [room, given] of ROOMS.entries()) {
+        const limits = { members, bindingRows: n, ...given };
+        for (const batch of BATCHES) {
+          const name = `${formatName} ${members} x ${k}, ${batch} rows`;
+          yield { format, order, members, batch, room, limits, name };
+        }
+      }
+    }
+  }
 }

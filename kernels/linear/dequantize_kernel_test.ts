@@ -2,7 +2,7 @@ import { assert, assertAlmostEquals, assertEquals } from "@std/assert";
 import { seededRandom } from "../../shared/random.ts";
 import type { Gpu } from "../gpu.ts";
 import { withGpu } from "../gpu_fixture.ts";
-import { formatOf, ROOMS, SHAPES, total } from "./decode_fixture.ts";
+import { decodeCases, formatOf, ROOMS } from "./decode_fixture.ts";
 import {
   dequantizeBytes,
   type DequantizeKernel,
@@ -25,20 +25,11 @@ import { type Batch, BATCHES } from "./wgsl.ts";
 const GPU_VARIANT = defaultVariant(false);
 
 function* kernels(): Generator<{ kernel: DequantizeKernel; members: number[]; room: number }> {
-  for (const name of ["m1v4g128", "m2v8g128", "m2v4g128", "m1v8g64"]) {
-    const format = formatOf(name);
-    for (const [members, k] of SHAPES) {
-      const n = total(members);
-      const order = codeOrder([n, k], format, undefined, members);
-      for (const [room, limits] of ROOMS.entries()) {
-        for (const batch of BATCHES) {
-          const given = { members, bindingRows: n, ...limits };
-          const kernel = dequantizeKernel(format, order, batch, GPU_VARIANT, given);
-          assert(kernel !== null, `${name} ${members} x ${k} has a kernel for ${batch} rows`);
-          yield { kernel, members, room };
-        }
-      }
-    }
+  const formats = ["m1v4g128", "m2v8g128", "m2v4g128", "m1v8g64"];
+  for (const { format, order, batch, limits, members, room, name } of decodeCases(formats)) {
+    const kernel = dequantizeKernel(format, order, batch, GPU_VARIANT, limits);
+    assert(kernel !== null, `${name} have a kernel`);
+    yield { kernel, members, room };
   }
 }
 

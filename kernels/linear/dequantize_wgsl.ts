@@ -23,7 +23,15 @@ import { type DequantizeKernel, shareThreads, splitPositions } from "./dequantiz
 import { leaveWgsl, sumsWgsl } from "./dequantize_sums_wgsl.ts";
 import { FLOAT16_PAIR_K } from "./order.ts";
 import { type Output, outputWgsl } from "./output_wgsl.ts";
-import { eachScale, eachWord, scaleOf, threadRowsWgsl, wordOf } from "./thread_rows_wgsl.ts";
+import {
+  eachScale,
+  eachWord,
+  loadScales,
+  loadWords,
+  scaleOf,
+  threadRowsWgsl,
+  wordOf,
+} from "./thread_rows_wgsl.ts";
 import { batchRowsWgsl, HEADER_WGSL, times } from "./wgsl.ts";
 
 const OUTPUT_BINDING = 6;
@@ -286,36 +294,4 @@ function placeOf(kernel: DequantizeKernel, position: number, r: number, k: numbe
   const { format, copies, packed } = kernel;
   const word = wordOf(kernel, position, k, r);
   return codeIndex(format, word, position % codesPerWord(format), copies, "copy", packed);
-}
-
-/** Code words `[from, to)` of the turn that begins at `position`, into what `target` names. */
-function loadWords(
-  kernel: DequantizeKernel,
-  position: string,
-  target: (name: string) => string,
-  from = 0,
-  to = Infinity,
-): string {
-  const { format, order } = kernel;
-  const rowQuads = order.rowBlock / 4;
-  return eachWord(kernel, (name, line, t) => {
-    const word = Math.floor(line / format.m);
-    if (word < from || word >= to) return "";
-    const lines = `${position} / ${codesPerWord(format)}u * ${format.m * rowQuads}u`;
-    return `${target(name)} = codes[words${t} + ${lines} + ${line * rowQuads}u];`;
-  });
-}
-
-/** Scales of the turn that begins at `position`, into what `target` names, as a WGSL type. */
-function loadScales(
-  kernel: DequantizeKernel,
-  position: string,
-  target: (name: string) => string,
-  type = "vec4<f16>",
-): string {
-  const { scalePositions, rowBlock } = kernel.order;
-  return eachScale(kernel, (name, from, t) => {
-    const line = `(${position} + ${from}u) / ${scalePositions}u`;
-    return `${target(name)} = ${type}(scales[scales${t} + ${line} * ${rowBlock / 4}u]);`;
-  });
 }

@@ -1,7 +1,7 @@
 import { assert, assertAlmostEquals, assertEquals } from "@std/assert";
 import type { Gpu } from "../gpu.ts";
 import { withGpu } from "../gpu_fixture.ts";
-import { formatOf, ROOMS, SHAPES, total } from "./decode_fixture.ts";
+import { decodeCases, formatOf, ROOMS } from "./decode_fixture.ts";
 import { holdsPairs, shareColumns, shareThreads } from "./dequantize_kernel.ts";
 import { int8Bytes, type Int8Kernel, int8Kernel, splitTurns } from "./int8_kernel.ts";
 import { loadMatrix, loadStack } from "./matrix.ts";
@@ -11,26 +11,16 @@ import { int8Product, readCodeTensors } from "./reference.ts";
 import { bitsOf, randomActivations, runLinear, stepShape } from "./rig.ts";
 import type { MatrixShape } from "./types.ts";
 import { type DecodeChoice, defaultVariant } from "./variant.ts";
-import { type Batch, BATCHES } from "./wgsl.ts";
+import type { Batch } from "./wgsl.ts";
 
 const GPU_VARIANT = defaultVariant(false);
 
 function* kernels(): Generator<{ kernel: Int8Kernel; members: number[]; room: number }> {
-  for (const name of ["m1v4g128", "m2v8g128", "m2v4g128", "m1v8g64", "m1v32g128"]) {
-    const format = formatOf(name);
-    for (const [members, k] of SHAPES) {
-      const n = total(members);
-      const order = codeOrder([n, k], format, undefined, members);
-      assert(order.int8Positions !== null);
-      for (const [room, limits] of ROOMS.entries()) {
-        for (const batch of BATCHES) {
-          const given = { members, bindingRows: n, ...limits };
-          const kernel = int8Kernel(format, order, batch, GPU_VARIANT, given);
-          assert(kernel !== null, `${name} ${members} x ${k} has a kernel for ${batch} rows`);
-          yield { kernel, members, room };
-        }
-      }
-    }
+  const formats = ["m1v4g128", "m2v8g128", "m2v4g128", "m1v8g64", "m1v32g128"];
+  for (const { format, order, batch, limits, members, room, name } of decodeCases(formats)) {
+    const kernel = int8Kernel(format, order, batch, GPU_VARIANT, limits);
+    assert(kernel !== null, `${name} have a kernel`);
+    yield { kernel, members, room };
   }
 }
 

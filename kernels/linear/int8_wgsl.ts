@@ -20,7 +20,14 @@ import { INT8_MAX, INT8_STEP, int8Wgsl } from "./int8.ts";
 import { inputWords, type Int8Kernel, splitTurns } from "./int8_kernel.ts";
 import { familyOrder, INT8_WORD_K } from "./order.ts";
 import { type Output, outputWgsl } from "./output_wgsl.ts";
-import { eachScale, eachWord, scaleOf, threadRowsWgsl, wordOf } from "./thread_rows_wgsl.ts";
+import {
+  eachScale,
+  loadScales,
+  loadWords,
+  scaleOf,
+  threadRowsWgsl,
+  wordOf,
+} from "./thread_rows_wgsl.ts";
 import { HEADER_WGSL, times } from "./wgsl.ts";
 
 const OUTPUT_BINDING = 6;
@@ -70,7 +77,12 @@ ${threadRowsWgsl(kernel, lanes, `lane % ${lanes}u`)}
   let turns = (min((split + 1u) * params.split_units, params.units) * ${unitPositions}u - start)
     / ${kernel.turnPositions}u;
   var position = start;
-${kernel.prefetch ? loadTurn(kernel, "position", "var ") : ""}
+${
+    kernel.prefetch
+      ? loadWords(kernel, "position", (name) => `var w${name}`) + "\n" +
+        loadScales(kernel, "position", (name) => `var next_scale${name}`)
+      : ""
+  }
   let copy = lane & ${copies - 1}u;
 ${fillTables(kernel)}
   let book_scale = bitcast<f32>(codebooks[${members * m * 256 * v / 4}u + book]);
@@ -216,22 +228,21 @@ ${
 function turn(kernel: Int8Kernel): string {
   const { format, turnPositions, groupPositions, prefetch } = kernel;
   const perWord = codesPerWord(format);
-  const parts: string[] = [];
-  if (prefetch) {
-    parts.push(
+  const parts = prefetch
+    ? [
       `let next = select(position, position + ${turnPositions}u, turn + 1u < turns);`,
       eachScale(kernel, (name) => `let scale${name} = vec4<f32>(next_scale${name});`),
-      loadScales(kernel, "next", ""),
-    );
-  } else {
-    parts.push(loadTurn(kernel, "position", "let "));
-    parts.push(eachScale(kernel, (name) => `let scale${name} = vec4<f32>(next_scale${name});`));
-  }
+      loadScales(kernel, "next", (name) => `next_scale${name}`),
+    ]
+    : [
+      loadWords(kernel, "position", (name) => `let w${name}`),
+      loadScales(kernel, "position", (name) => `let scale${name}`, "vec4<f32>"),
+    ];
   for (let group = 0; group < turnPositions; group += groupPositions) {
     parts.push(groupProducts(kernel, group));
     if (!prefetch) continue;
     const [from, to] = [group, group + groupPositions].map((at) => Math.floor(at / perWord));
-    parts.push(loadWords(kernel, "next", "", from, to));
+    parts.push(loadWords(kernel, "next", (name) => `w${name}`, from, to));
   }
   parts.push(`position += ${turnPositions}u;`);
   return parts.join("\n");
@@ -312,37 +323,5 @@ function gather(kernel: Int8Kernel, first: number, count: number, r: number): st
     return `let c${r}_${quad - first}_${k} = table${k}_${quad % quads}[at${r}_${
       Math.floor(quad / quads)
     }_${k}];`;
-  });
-}
-
-/** Code words and scales of the turn that begins at `position`: `w<name>` and `next_scale<name>`. */
-function loadTurn(kernel: Int8Kernel, position: string, declare: "var " | "let "): string {
-  return loadWords(kernel, position, declare) + "\n" + loadScales(kernel, position, declare);
-}
-
-/** Code words `[from, to)` of the turn that begins at `position`. */
-function loadWords(
-  kernel: Int8Kernel,
-  position: string,
-  declare: string,
-  from = 0,
-  to = Infinity,
-): string {
-  const { format, order } = kernel;
-  const rowQuads = order.rowBlock / 4;
-  return eachWord(kernel, (name, line, t) => {
-    const word = Math.floor(line / format.m);
-    if (word < from || word >= to) return "";
-    const lines = `${position} / ${codesPerWord(format)}u * ${format.m * rowQuads}u`;
-    return `${declare}w${name} = codes[words${t} + ${lines} + ${line * rowQuads}u];`;
-  });
-}
-
-/** Scales of the turn that begins at `position`. */
-function loadScales(kernel: Int8Kernel, position: string, declare: string): string {
-  const { scalePositions, rowBlock } = kernel.order;
-  return eachScale(kernel, (name, from, t) => {
-    const line = `(${position} + ${from}u) / ${scalePositions}u`;
-    return `${declare}next_scale${name} = scales[scales${t} + ${line} * ${rowBlock / 4}u];`;
   });
 }

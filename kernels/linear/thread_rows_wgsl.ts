@@ -96,3 +96,35 @@ export function scaleOf({ turnPositions, order }: ThreadRows, position: number, 
   const segment = Math.floor(position / gcd(turnPositions, order.scalePositions));
   return `scale${segment}_${r >> 2}.${"xyzw"[r & 3]}`;
 }
+
+/** Code words `[from, to)` of the turn that begins at `position`, into what `target` names. */
+export function loadWords(
+  kernel: ThreadRows,
+  position: string,
+  target: (name: string) => string,
+  from = 0,
+  to = Infinity,
+): string {
+  const { format, order } = kernel;
+  const rowQuads = order.rowBlock / 4;
+  return eachWord(kernel, (name, line, t) => {
+    const word = Math.floor(line / format.m);
+    if (word < from || word >= to) return "";
+    const lines = `${position} / ${codesPerWord(format)}u * ${format.m * rowQuads}u`;
+    return `${target(name)} = codes[words${t} + ${lines} + ${line * rowQuads}u];`;
+  });
+}
+
+/** Scales of the turn that begins at `position`, into what `target` names, as a WGSL type. */
+export function loadScales(
+  kernel: ThreadRows,
+  position: string,
+  target: (name: string) => string,
+  type = "vec4<f16>",
+): string {
+  const { scalePositions, rowBlock } = kernel.order;
+  return eachScale(kernel, (name, from, t) => {
+    const line = `(${position} + ${from}u) / ${scalePositions}u`;
+    return `${target(name)} = ${type}(scales[scales${t} + ${line} * ${rowBlock / 4}u]);`;
+  });
+}
