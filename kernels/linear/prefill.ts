@@ -14,24 +14,36 @@ import {
   type Uniforms,
 } from "./binding.ts";
 import { hasPackedDot } from "./code_words_wgsl.ts";
+import { encodeInt8Rows, type Int8RowsPlan, planInt8Rows } from "./int8_rows.ts";
+import { int8GroupK } from "./order.ts";
 import type { Output } from "./output_wgsl.ts";
-import type { PrefillTile } from "./prefill_tile.ts";
+import type { PrefillCode, PrefillTile } from "./prefill_tile.ts";
 import { mostRows, prefillBytes, prefillSplits, prefillThreads } from "./prefill_tile.ts";
 import { prefillWgsl } from "./prefill_wgsl.ts";
 import { REDUCE_BINDINGS, reduceColumns, reduceWgsl } from "./reduce_wgsl.ts";
 import type { LinearOptions, Matrix } from "./types.ts";
-import type { Variant } from "./variant.ts";
+import { decodeFamily, type Variant } from "./variant.ts";
 
 const CODE_BINDINGS = ["uniform", "uniform", "read", "write", "read", "read", "read"] as const;
+/** The scales of rows as integers last. */
+const INT8_BINDINGS = [...CODE_BINDINGS, "read"] as const;
 const DENSE_BINDINGS = ["uniform", "uniform", "read", "write", "read"] as const;
 
-/** In place of tiles that no workgroup can hold: codes of very many weights have deep ones. */
-const SMALL_TILE: PrefillTile = { rows: 8, columns: 32, patchRows: 2, patchColumns: 2 };
+/**
+ * In place of tiles that no workgroup can hold, the first that it can: codes of very many weights have
+ * deep ones, integers of several codebooks several of each.
+ */
+const SMALL_TILES: PrefillTile[] = [
+  { rows: 8, columns: 32, patchRows: 2, patchColumns: 2 },
+  { rows: 8, columns: 16, patchRows: 2, patchColumns: 1 },
+];
 
 /** Kernels by rising rows of their tiles, and what they are bound to. */
 export interface PrefillPlan {
   kernels: { tile: PrefillTile; pipeline: GPUComputePipeline }[];
   splits: number;
+  /** Ahead of kernels whose input are integers. */
+  rounding: Int8RowsPlan | null;
   /** Puts splits together, where there are several. */
   reduce: { pipeline: GPUComputePipeline; columns: number } | null;
   /** Rows of a chunk: what the scratch holds, or all. */
@@ -40,18 +52,27 @@ export interface PrefillPlan {
   chunks: { main: GPUBindGroup; reduce: GPUBindGroup | null; n: number }[][];
 }
 
+/** The codes of a layer's prefill rows: integers where its decode rows are; null for dense. */
+export function layerCodes(
+  { matrix, profile }: Pick<LinearOptions, "matrix" | "profile">,
+): PrefillCode | null {
+  const code = prefillCodes(matrix);
+  if (code === null || decodeFamily(matrix, profile) !== "int8") return code;
+  return { ...code, int8Positions: int8GroupK(matrix) / code.format.v };
+}
+
 /** The tiles of a list that an adapter can hold for a matrix; a small one if there is none. */
 export function holdableTiles(
   { limits }: Pick<Gpu, "limits">,
   matrix: Matrix,
   tiles: readonly PrefillTile[],
+  code = prefillCodes(matrix),
 ): PrefillTile[] {
-  const code = prefillCodes(matrix);
-  const held = tiles.filter((tile) =>
+  const holdable = (tile: PrefillTile) =>
     prefillThreads(tile) <= limits.maxComputeInvocationsPerWorkgroup &&
-    prefillBytes(tile, code) <= limits.maxComputeWorkgroupStorageSize
-  );
-  return held.length > 0 ? held : [SMALL_TILE];
+    prefillBytes(tile, code) <= limits.maxComputeWorkgroupStorageSize;
+  const held = tiles.filter(holdable);
+  return held.length > 0 ? held : [SMALL_TILES.find(holdable) ?? SMALL_TILES[0]];
 }
 
 /** A prefill kernel's code. */
@@ -61,8 +82,8 @@ export function prefillCode(
   },
   { unroll }: Pick<Variant, "unroll">,
   tile: PrefillTile,
+  code = prefillCodes(matrix),
 ): string {
-  const code = prefillCodes(matrix);
   return prefillWgsl({
     tile,
     code,
@@ -71,6 +92,7 @@ export function prefillCode(
     vectorInput: isVectorInput({ input, matrix }),
     unroll,
     workgroupBytes: gpu.limits.maxComputeWorkgroupStorageSize,
+    members: matrix.members.length,
     packedDot: hasPackedDot(),
     store,
   });
@@ -83,14 +105,16 @@ export async function planPrefill(
   uniforms: Uniforms,
 ): Promise<PrefillPlan> {
   const { gpu, label, matrix, step, input, output, scratch, store, maxRows } = options;
-  const bindings = matrix.format === null ? DENSE_BINDINGS : CODE_BINDINGS;
-  const { splits } = prefillSplits([matrix.n, matrix.k], prefillCodes(matrix));
+  const codes = layerCodes(options);
+  const int8 = codes?.int8Positions !== undefined;
+  const bindings = codes === null ? DENSE_BINDINGS : int8 ? INT8_BINDINGS : CODE_BINDINGS;
+  const { splits } = prefillSplits([matrix.n, matrix.k], codes);
   const direct = splits === 1;
   const chunkRows = prefillChunkRows(options);
   invariant(chunkRows >= 1, `the scratch of ${scratch.size} bytes holds a prefill row of ${label}`);
   const kernels: PrefillPlan["kernels"] = [];
-  for (const tile of holdableTiles(gpu, matrix, variant.prefillTiles)) {
-    const code = prefillCode(options, variant, tile);
+  for (const tile of holdableTiles(gpu, matrix, variant.prefillTiles, codes)) {
+    const code = prefillCode(options, variant, tile, codes);
     const pipeline = await gpu.pipeline({ label: `${label} prefill`, code, bindings });
     kernels.push({ tile, pipeline });
   }
@@ -104,6 +128,9 @@ export async function planPrefill(
     }),
     columns: reduceColumns(order, whole),
   };
+  const { int8Rows } = options;
+  invariant(!int8 || int8Rows, `${label} has buffers for rows as integers`);
+  const books = int8 ? matrix.int8Codebooks : matrix.codebooks;
   const chunks: PrefillPlan["chunks"] = [];
   for (let base = 0; base < maxRows; base += chunkRows) {
     chunks.push(matrix.blocks.map((block) => {
@@ -114,10 +141,11 @@ export async function planPrefill(
         main: bindGroup(gpu, `${label} prefill`, bindings, [
           step,
           params,
-          input.buffer,
+          int8 ? int8Rows!.values : input.buffer,
           direct ? output.buffer : scratch,
           block.weights,
-          ...matrix.format === null ? [] : [matrix.codebooks!, block.scales!],
+          ...codes === null ? [] : [books!, block.scales!],
+          ...int8 ? [int8Rows!.scales] : [],
         ]),
         reduce: direct ? null : bindGroup(gpu, `${label} prefill reduce`, REDUCE_BINDINGS, [
           step,
@@ -128,11 +156,15 @@ export async function planPrefill(
       };
     }));
   }
-  return { kernels, splits, reduce, chunkRows, chunks };
+  const rounding = int8
+    ? await planInt8Rows(options, int8Rows!, int8GroupK(matrix), "prefill", uniforms)
+    : null;
+  return { kernels, splits, rounding, reduce, chunkRows, chunks };
 }
 
 /** Adds the dispatches of a step's prefill rows. */
 export function encodePrefill(pass: GPUComputePassEncoder, plan: PrefillPlan, rows: number): void {
+  if (plan.rounding !== null && rows > 0) encodeInt8Rows(pass, plan.rounding, rows);
   for (let c = 0, from = 0; from < rows; c++, from += plan.chunkRows) {
     invariant(c < plan.chunks.length, `a layer was bound for fewer than ${rows} prefill rows`);
     const count = Math.min(plan.chunkRows, rows - from);

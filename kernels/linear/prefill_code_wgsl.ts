@@ -33,27 +33,21 @@ import {
 } from "./prefill_frame.ts";
 import { times } from "./wgsl.ts";
 
-/** The weights and products of a CodeGEMM kernel. */
+/** The weights and products of a CodeGEMM kernel in float16. */
 export function codeWeights(frame: PrefillFrame, code: PrefillCode): WeightSource {
   const { kernel: { tile, unroll } } = frame;
-  const { format: { m, v, g }, order: { rowBlock } } = code;
-  const perWord = codesPerWord(code.format);
   const positions = itemPositions(code);
   const source = positions === null
     ? singleWeights(frame, code)
     : wholeCodes(frame, code, positions);
   return {
     ...source,
-    declarations: `@group(0) @binding(4) var<storage, read> codes: array<u32>;
-@group(0) @binding(6) var<storage, read> scales: array<f16>;
+    declarations: `${CODES_WGSL}
 ${source.declarations}`,
-    prologue: `  let row_block = column0 / ${rowBlock}u;
-  let in_block = column0 % ${rowBlock}u;
-  let book = book_of(row_block) * ${m * centroidCount(code.format)}u;
-  let block_words = params.k / ${perWord * v}u;
-  let block_scales = params.k / ${g}u;
+    prologue: `${codePlaces(code)}
 ${source.prologue}
 ${eachOutput(tile, (r, c) => `  var sum${r}_${c} = vec2<f16>();`)}`,
+    copies: [],
     own: unroll ? scaleLoads(frame, code) : [],
     products: unroll ? straightProducts(frame, code) : rolledProducts(frame, code),
   };
@@ -61,20 +55,53 @@ ${eachOutput(tile, (r, c) => `  var sum${r}_${c} = vec2<f16>();`)}`,
 
 type Source = Pick<WeightSource, "declarations" | "prologue" | "items" | "load" | "fill">;
 
+/** Bindings of code words and scales. */
+export const CODES_WGSL = `@group(0) @binding(4) var<storage, read> codes: array<u32>;
+@group(0) @binding(6) var<storage, read> scales: array<f16>;`;
+
+/** WGSL that declares where a workgroup's columns have their codes, centroids and scales. */
+export function codePlaces({ format, order: { rowBlock } }: PrefillCode): string {
+  const { m, v, g } = format;
+  return `  let row_block = column0 / ${rowBlock}u;
+  let in_block = column0 % ${rowBlock}u;
+  let book = book_of(row_block) * ${m * centroidCount(format)}u;
+  let block_words = params.k / ${codesPerWord(format) * v}u;
+  let block_scales = params.k / ${g}u;`;
+}
+
 /** WGSL of an index that must stay below `count` past the end of K, where activations are zero. */
 function within({ tail }: PrefillFrame, index: string, count: string): string {
   return tail ? `min(${index}, ${count} - 1u)` : index;
 }
 
-/** Weights code by code: an item is what one load of code words gives for a column. */
-function wholeCodes(frame: PrefillFrame, code: PrefillCode, positions: number): Source {
+/** How a kernel takes centroids code by code; an item is what one load of code words gives a column. */
+export interface CodeGather extends Omit<Source, "fill"> {
+  /** Statements that declare `thread` of an item's column, and `at`, the item's first piece there. */
+  place(i: string, pieces: number): string;
+  /** Statements that find the centroids of an item, which {@linkcode quad} is made from. */
+  find(slot: string): string;
+  /** WGSL of four weights of the centroid that position `p` of an item has in codebook `c`. */
+  quad(p: number, c: number, quad: number): string;
+}
+
+/**
+ * Gathers from codebooks in workgroup memory, or in their storage buffer where there is no room.
+ *
+ * @param quadType of four weights of a codebook
+ */
+export function gatherCodes(
+  frame: PrefillFrame,
+  code: PrefillCode,
+  positions: number,
+  quadType: "vec4<f16>" | "u32",
+): CodeGather {
   const { kernel: { tile, workgroupBytes, packedDot }, k, threadColumns } = frame;
   const { format, order: { rowBlock } } = code;
   const { m, v } = format;
   const perWord = codesPerWord(format);
   const entries = centroidCount(format);
   const copies = tableCopies(tile, code, workgroupBytes);
-  const octets = copies === 0 && v % OCTET_WEIGHTS === 0;
+  const octets = copies === 0 && quadType === "vec4<f16>" && v % OCTET_WEIGHTS === 0;
   const column = (i: string) => `(${i} % ${tile.columns}u)`;
   const item = (i: string) => `${i} / ${tile.columns}u`;
   const loadCentroids = copies === 0 ? "" : `
@@ -89,22 +116,28 @@ ${times(v / 4, (q) => `    table[i][${q}] = codebooks[entry * ${v / 4}u + ${q}u]
     if (positions === perWord) {
       return codeIndex(format, word, position, Math.max(1, copies), "copy", packedDot);
     }
-    const value = `(${word} >> shift${slot}) & ${entries - 1}u`;
+    const shift = position === 0
+      ? `shift${slot}`
+      : `(shift${slot} + ${position * codeWidth(format)}u)`;
+    const value = `(${word} >> ${shift}) & ${entries - 1}u`;
     return copies > 1 ? `((${value}) * ${copies}u + copy)` : `(${value})`;
   };
   return {
     declarations: `@group(0) @binding(5) var<storage, read> codebooks: array<${
-      octets ? OCTET : "vec4<f16>"
+      octets ? OCTET : quadType
     }>;
 ${
       copies === 0
         ? ""
-        : `var<workgroup> table: array<array<vec4<f16>, ${v / 4}>, ${m * entries * copies}>;`
+        : `var<workgroup> table: array<array<${quadType}, ${v / 4}>, ${m * entries * copies}>;`
     }`,
     prologue: loadCentroids,
     items: k.depth / (positions * v) * tile.columns,
     load: (i, slot) => {
-      const position = (at: string) => `(${at} / ${v}u + ${item(i)})`;
+      const first = positions === 1 || positions === perWord
+        ? item(i)
+        : `${item(i)} * ${positions}u`;
+      const position = (at: string) => `(${at} / ${v}u + ${first})`;
       const word = (at: string) =>
         within(
           frame,
@@ -128,34 +161,52 @@ ${
       };
       return positions === perWord ? words : [...words, shift];
     },
-    fill: (i, slot) => {
-      const perCode = v / 4;
-      const values = (p: number) =>
+    place: (i, pieces) =>
+      `let thread = buffer_x + ${column(i)} % ${threadColumns}u;
+let at = ${column(i)} / ${threadColumns}u * ${frame.pieces.column}u + ${item(i)} * ${pieces}u;`,
+    find: (slot) =>
+      times(positions, (p) =>
         times(m, (c) => {
           const at = `${c * entries * Math.max(1, copies)}u + ${index(c, p, slot)}`;
           if (copies > 0) return `let code${p}_${c} = ${at};`;
           return octets
-            ? times(v / OCTET_WEIGHTS, (o) =>
-              `let octet${p}_${c}_${o} = codebooks[(book + ${at}) * ${
-                v / OCTET_WEIGHTS
-              }u + ${o}u];`)
-            : `let code${p}_${c} = (book + ${at}) * ${perCode}u;`;
-        });
-      const quad = (p: number, q: number) =>
-        Array.from({ length: m }, (_, c) => {
-          if (copies > 0) return `table[code${p}_${c}][${q}]`;
-          return octets
-            ? `vec4<f16>(${octetQuad(`octet${p}_${c}_${q >> 1}`, q & 1)})`
-            : `codebooks[code${p}_${c} + ${q}u]`;
-        }).join(" + ");
-      return `let thread = buffer_x + ${column(i)} % ${threadColumns}u;
-let at = ${column(i)} / ${threadColumns}u * ${k.quads}u + ${item(i)} * ${positions * perCode}u;
-${times(positions, values)}
-${
-        times(positions, (p) =>
-          times(perCode, (q) => `tile_w[thread][at + ${p * perCode + q}u] = ${quad(p, q)};`))
-      }`;
+            ? times(
+              v / OCTET_WEIGHTS,
+              (o) =>
+                `let octet${p}_${c}_${o} = codebooks[(book + ${at}) * ${
+                  v / OCTET_WEIGHTS
+                }u + ${o}u];`,
+            )
+            : `let code${p}_${c} = (book + ${at}) * ${v / 4}u;`;
+        })),
+    quad: (p, c, q) => {
+      if (copies > 0) return `table[code${p}_${c}][${q}]`;
+      return octets
+        ? `vec4<f16>(${octetQuad(`octet${p}_${c}_${q >> 1}`, q & 1)})`
+        : `codebooks[code${p}_${c} + ${q}u]`;
     },
+  };
+}
+
+/** Weights code by code, those of several codebooks added. */
+function wholeCodes(frame: PrefillFrame, code: PrefillCode, positions: number): Source {
+  const { m, v } = code.format;
+  const perCode = v / 4;
+  const { place, find, quad, ...source } = gatherCodes(frame, code, positions, "vec4<f16>");
+  const weights = (p: number, q: number) =>
+    Array.from({ length: m }, (_, c) => quad(p, c, q)).join(" + ");
+  return {
+    ...source,
+    fill: (i, slot) =>
+      `${place(i, positions * perCode)}
+${find(slot)}
+${
+        times(
+          positions,
+          (p) =>
+            times(perCode, (q) => `tile_w[thread][at + ${p * perCode + q}u] = ${weights(p, q)};`),
+        )
+      }`,
   };
 }
 
@@ -203,12 +254,20 @@ tile_w[buffer_x + column % ${threadColumns}u][column / ${threadColumns}u * ${k.q
   return source;
 }
 
-/** WGSL of a scale of a thread's column, `g` K of which the first stands `offset` behind `at`. */
-function scale(frame: PrefillFrame, { format: { g }, order }: PrefillCode, at: string, c: number) {
+/** WGSL of the scale that a column of the row block has at `at`. */
+export function scaleAt(
+  frame: PrefillFrame,
+  { format: { g }, order }: PrefillCode,
+  at: string,
+  column: string,
+): string {
   const line = within(frame, `(${at}) / ${g}u`, "block_scales");
-  return `scales[(row_block * block_scales + ${line}) * ${order.rowBlock}u + in_block + tx + ${
-    c * frame.threadColumns
-  }u]`;
+  return `scales[(row_block * block_scales + ${line}) * ${order.rowBlock}u + ${column}]`;
+}
+
+/** WGSL of the scale that column `c` of a thread has at `at`. */
+function scale(frame: PrefillFrame, code: PrefillCode, at: string, c: number): string {
+  return scaleAt(frame, code, at, `in_block + tx + ${c * frame.threadColumns}u`);
 }
 
 /** The scale that a group of a tile takes, among those that the tile loads. */

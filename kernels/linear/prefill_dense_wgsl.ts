@@ -33,6 +33,7 @@ export function denseWeights(frame: PrefillFrame): WeightSource {
 let at = ${column(i)} / ${threadColumns}u * ${k.quads}u + ${i} / ${tile.columns}u * 2u;
 tile_w[thread][at] = ${quad(`octet${slot}.x`, `octet${slot}.y`)};
 tile_w[thread][at + 1u] = ${quad(`octet${slot}.z`, `octet${slot}.w`)};`,
+    copies: [],
     own: [],
     products: products(frame),
   };

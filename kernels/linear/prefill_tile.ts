@@ -8,7 +8,7 @@ import { invariant } from "../../shared/errors.ts";
 import { type CodeGemmFormat, codesPerWord } from "../../shared/model_config.ts";
 import { centroidCount } from "./code_words_wgsl.ts";
 import type { CodeOrder } from "./order.ts";
-import { DENSE_K_ALIGN, FLOAT16_SUM, largestDivisor, lcm, roundUp } from "./order.ts";
+import { DENSE_K_ALIGN, FLOAT16_SUM, INT8_WORD_K, largestDivisor, lcm, roundUp } from "./order.ts";
 import type { MatrixShape } from "./types.ts";
 
 /** The tile of outputs of a workgroup. None of this changes a bit of the result. */
@@ -19,7 +19,7 @@ export interface PrefillTile {
   /** Rows and columns of one thread's patch: powers of two. */
   patchRows: number;
   patchColumns: number;
-  /** K of a CodeGEMM tile, about; by default 32. */
+  /** K of a CodeGEMM tile, about; by default 32, of integers 64. */
   depth?: number;
   /** How often a codebook stands in workgroup memory at most, where there is room; by default 4. */
   copies?: number;
@@ -78,11 +78,14 @@ export function tileName(tile: PrefillTile): string {
 export interface PrefillCode {
   format: CodeGemmFormat;
   order: Pick<CodeOrder, "rowBlock" | "scalePositions">;
+  /** Weights and activations are multiplied as integers, and the products of so many positions summed. */
+  int8Positions?: number;
 }
 
 /**
  * K of a tile in groups: of a group, float16 sums of 16 consecutive K are made (see
- * {@linkcode chainQuads}). A group is filled up with zeros to quads, 4 values along K.
+ * {@linkcode chainQuads}), or one sum of integers. A group is filled up with zeros to quads, 4 values
+ * along K.
  */
 export interface TileK {
   depth: number;
@@ -95,6 +98,7 @@ export interface TileK {
 
 const CHAIN_QUADS = FLOAT16_SUM / 4;
 const DEFAULT_DEPTH = 32;
+const INT8_DEPTH = 64;
 const DEFAULT_COPIES = 4;
 /** Above it, the vectors of a code word are too much for a tile. */
 const LONG_VECTOR = 32;
@@ -111,7 +115,8 @@ export function prefillThreads(tile: PrefillTile): number {
 }
 
 /** K that a group of a CodeGEMM matrix has: whole codes of one scale, or whole chains of one code. */
-export function prefillGroupK({ format: { v }, order }: PrefillCode): number {
+export function prefillGroupK({ format: { v }, order, int8Positions }: PrefillCode): number {
+  if (int8Positions) return int8Positions * v;
   if (v > FLOAT16_SUM && v % FLOAT16_SUM === 0) return FLOAT16_SUM;
   return v * largestDivisor(order.scalePositions, Math.max(1, Math.floor(FLOAT16_SUM / v)), 1);
 }
@@ -154,14 +159,23 @@ export function chainQuads({ groupQuads }: Pick<TileK, "groupQuads">): number[] 
 }
 
 /**
- * Codes that a thread takes from one load of code words, those of a word or one of them; null where
- * codes do not fill quads, and weights are put together one by one.
+ * Codes that a thread takes from one load of code words, those of a word or one of them (of integers,
+ * as many as fill words of 16 bytes within a group); null where codes do not fill quads, and weights
+ * are put together one by one.
  */
 export function itemPositions(code: PrefillCode): number | null {
   const { v } = code.format;
-  if (v % 4 !== 0 || v > LONG_VECTOR) return null;
   const perWord = codesPerWord(code.format);
-  return lcm(perWord * v, prefillGroupK(code)) <= DEFAULT_DEPTH ? perWord : 1;
+  const groupK = prefillGroupK(code);
+  if (code.int8Positions) {
+    const fitting = [perWord, perWord / 2, 1].find((positions) =>
+      positions * v % INT8_WORD_K === 0 && groupK % (positions * v) === 0
+    );
+    invariant(fitting !== undefined, "groups of integers are of whole words");
+    return fitting;
+  }
+  if (v % 4 !== 0 || v > LONG_VECTOR) return null;
+  return lcm(perWord * v, groupK) <= DEFAULT_DEPTH ? perWord : 1;
 }
 
 /** How a tile cuts K; `code` is null for dense. */
@@ -169,7 +183,8 @@ export function tileK(tile: PrefillTile, code: PrefillCode | null): TileK {
   if (code === null) return groups(DENSE_K_ALIGN, DENSE_K_ALIGN);
   const groupK = prefillGroupK(code);
   const step = tileStep(code);
-  return groups(Math.max(1, Math.floor((tile.depth ?? DEFAULT_DEPTH) / step)) * step, groupK);
+  const depth = tile.depth ?? (code.int8Positions ? INT8_DEPTH : DEFAULT_DEPTH);
+  return groups(Math.max(1, Math.floor(depth / step)) * step, groupK);
 }
 
 /** What a tile's K is a multiple of: whole groups, and all codes of a load. */
@@ -193,20 +208,55 @@ export function paddedQuads(quads: number): number {
   return quads + (6 - quads % 4) % 4;
 }
 
+/** What rows and columns of a tile are made of in workgroup memory: values along K in one vector. */
+export interface TilePieces {
+  type: "vec4<f16>" | "vec4<u32>";
+  bytes: number;
+  /** Of one row or column; of integers, the codebooks' weights stand side by side. */
+  row: number;
+  column: number;
+  /** Of all rows or columns of a thread, and what keeps them out of other threads' banks. */
+  threadRows: number;
+  threadColumns: number;
+}
+
+/** The pieces of a tile; `code` is null for dense. */
+export function tilePieces(tile: PrefillTile, code: PrefillCode | null): TilePieces {
+  const { quads } = tileK(tile, code);
+  // An integer is half as long as a float16, and a vector has four words of four.
+  const [type, quadsEach, column] = code?.int8Positions
+    ? ["vec4<u32>", 4, code.format.m * quads / 4] as const
+    : ["vec4<f16>", 1, quads] as const;
+  const bytes = type === "vec4<u32>" ? 16 : 8;
+  const padded = (pieces: number) => paddedQuads(pieces * bytes / 8) * 8 / bytes;
+  const row = quads / quadsEach;
+  return {
+    type,
+    bytes,
+    row,
+    column,
+    threadRows: padded(tile.patchRows * row),
+    threadColumns: padded(tile.patchColumns * column),
+  };
+}
+
 /** Workgroup memory of a prefill kernel, beside its codebooks. */
 export function prefillBytes(tile: PrefillTile, code: PrefillCode | null): number {
-  const { quads } = tileK(tile, code);
+  const { bytes, threadRows, threadColumns } = tilePieces(tile, code);
   const grid = threadGrid(tile);
-  const held = grid.rows * paddedQuads(tile.patchRows * quads) +
-    grid.columns * paddedQuads(tile.patchColumns * quads);
-  return held * 8 * (tile.buffers ?? 1);
+  const scales = code?.int8Positions ? (tile.rows + tile.columns) * tileK(tile, code).groups : 0;
+  const held = (grid.rows * threadRows + grid.columns * threadColumns) * bytes + scales * 4;
+  return held * (tile.buffers ?? 1);
 }
 
 /** How often the codebooks stand in workgroup memory: 0 where they do not fit once. */
 export function tableCopies(tile: PrefillTile, code: PrefillCode, workgroupBytes: number): number {
   if (itemPositions(code) === null) return 0;
   const free = workgroupBytes - prefillBytes(tile, code);
-  const fit = Math.floor(free / (code.format.m * centroidCount(code.format) * code.format.v * 2));
+  const { m, v } = code.format;
+  const fit = Math.floor(
+    free / (m * centroidCount(code.format) * v * (code.int8Positions ? 1 : 2)),
+  );
   if (fit < 1) return 0;
   return Math.min(tile.copies ?? DEFAULT_COPIES, 1 << Math.floor(Math.log2(fit)));
 }

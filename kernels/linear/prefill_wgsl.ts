@@ -11,9 +11,23 @@
 import { invariant } from "../../shared/errors.ts";
 import { codeWeights } from "./prefill_code_wgsl.ts";
 import { denseWeights } from "./prefill_dense_wgsl.ts";
-import { eachOutput, type PrefillFrame, type PrefillKernel } from "./prefill_frame.ts";
-import type { TileLoad, WeightSource } from "./prefill_frame.ts";
-import { paddedQuads, prefillThreads, threadGrid, threadPlace, tileK } from "./prefill_tile.ts";
+import {
+  eachOutput,
+  type PrefillFrame,
+  type PrefillKernel,
+  rowPlace,
+  viewRow,
+} from "./prefill_frame.ts";
+import type { RowSource, TileCopy, TileLoad, WeightSource } from "./prefill_frame.ts";
+import { int8Rows, int8Weights } from "./prefill_int8_wgsl.ts";
+import {
+  type PrefillCode,
+  prefillThreads,
+  threadGrid,
+  threadPlace,
+  tileK,
+  tilePieces,
+} from "./prefill_tile.ts";
 import { HEADER_WGSL, putWgsl, times } from "./wgsl.ts";
 
 /** The kernel's code; dispatched over (tiles of N, tiles of rows, splits of K). */
@@ -24,25 +38,23 @@ export function prefillWgsl(kernel: PrefillKernel): string {
   const k = tileK(tile, code);
   invariant(splits.splits === 1 || splits.splitK % k.depth === 0, "tiles share out a split of K");
   const tail = kernel.k % k.depth !== 0;
-  const frame: PrefillFrame = { kernel, k, threadColumns: grid.columns, tail };
-  const weights = code === null ? denseWeights(frame) : codeWeights(frame, code);
+  const pieces = tilePieces(tile, code);
+  const frame: PrefillFrame = { kernel, k, pieces, threadColumns: grid.columns, tail };
+  const { rows, weights } = sources(frame, code);
   const buffers = unroll ? tile.buffers ?? 1 : 1;
-  const vectors = kernel.vectorInput && k.groupK % 4 === 0;
 
   return /* wgsl */ `${HEADER_WGSL}
-@group(0) @binding(2) var<storage, read> x: array<${vectors ? "vec4<f16>" : "f16"}>;
+@group(0) @binding(2) var<storage, read> x: array<${rows.type}>;
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;
 ${weights.declarations}
 ${splits.splits === 1 ? putWgsl(store) : PUT_PARTIAL_WGSL}
 // [buffer][thread along the rows][row of its patch][K / 4], and the same of columns
-var<workgroup> tile_x: array<array<vec4<f16>, ${paddedQuads(tile.patchRows * k.quads)}>, ${
-    buffers * grid.rows
-  }>;
-var<workgroup> tile_w: array<array<vec4<f16>, ${paddedQuads(tile.patchColumns * k.quads)}>, ${
+var<workgroup> tile_x: array<array<${pieces.type}, ${pieces.threadRows}>, ${buffers * grid.rows}>;
+var<workgroup> tile_w: array<array<${pieces.type}, ${pieces.threadColumns}>, ${
     buffers * grid.columns
   }>;
 
-${activationsWgsl(frame, vectors)}
+${rows.declarations}
 
 @compute @workgroup_size(${threads})
 fn main(
@@ -60,7 +72,7 @@ ${threadPlace(tile)}
   let busy = row0 + ty * ${tile.patchRows}u < rows;
 ${eachOutput(tile, (r, c) => `  var acc${r}_${c} = 0.0;`)}
 ${weights.prologue}
-${unroll ? straightLoop(frame, weights, buffers) : rolledLoop(frame, weights)}
+${unroll ? straightLoop(frame, rows, weights, buffers) : rolledLoop(frame, rows, weights)}
 ${
     times(tile.patchRows, (r) =>
       `  if (row0 + ty * ${tile.patchRows}u + ${r}u < rows) {
@@ -79,12 +91,43 @@ ${
 `;
 }
 
+/** What a kernel multiplies. */
+function sources(
+  frame: PrefillFrame,
+  code: PrefillCode | null,
+): { rows: RowSource; weights: WeightSource } {
+  if (code?.int8Positions) return { rows: int8Rows(frame), weights: int8Weights(frame, code) };
+  const weights = code === null ? denseWeights(frame) : codeWeights(frame, code);
+  return { rows: float16Rows(frame), weights };
+}
+
 /** `put` of a sum that is not whole yet. */
 const PUT_PARTIAL_WGSL = /* wgsl */ `
 fn put(row: u32, n: u32, value: f32) {
   y[row * params.partial_stride + n] = value;
 }
 `;
+
+/** Activations in float16. */
+function float16Rows(frame: PrefillFrame): RowSource {
+  const { kernel: { tile, vectorInput }, k, pieces: { row, type } } = frame;
+  const vectors = vectorInput && k.groupK % 4 === 0;
+  return {
+    type: vectors ? "vec4<f16>" : "f16",
+    declarations: activationsWgsl(frame, vectors),
+    copies: [{
+      items: tile.rows * row,
+      type,
+      names: { item: "quad", start: "row", next: "next_x" },
+      start: (i) => {
+        const start = `params.x_offset + ${viewRow(`${i} / ${row}u`)} * params.x_stride`;
+        return vectors ? `(${start}) / 4u` : start;
+      },
+      value: (i, start, at) => `activations(${start}, ${at}, ${i} % ${row}u)`,
+      place: (i) => rowPlace(frame, i),
+    }],
+  };
+}
 
 /** `activations(row, k, q)`: quad `q` of the tile that begins at `k`, of the row whose input begins
  * at `row` (in elements of `x`); zeros past a group's end and past K. */
@@ -109,32 +152,21 @@ ${
 }`;
 }
 
-/** WGSL of where in `x` the row of item `i` begins; rows past the last are read as the last. */
-function rowStart({ kernel, k }: PrefillFrame, i: string): string {
-  const start = "params.x_offset + (first_row + min(row0 + " +
-    `${i} / ${k.quads}u, rows - 1u)) * params.x_stride`;
-  return kernel.vectorInput && k.groupK % 4 === 0 ? `(${start}) / 4u` : start;
-}
-
-/** Statement that puts a quad of activations into its place. */
-function putActivations({ kernel: { tile }, k }: PrefillFrame, i: string, value: string): string {
-  const row = `${i} / ${k.quads}u`;
-  return `tile_x[buffer_y + ${row} / ${tile.patchRows}u][(${row}) % ${tile.patchRows}u * ${k.quads}u + ${i} % ${k.quads}u] = ${value};`;
-}
-
 /** One tile after the other, everything in loops: little code, which a CPU compiles sooner. */
-function rolledLoop(frame: PrefillFrame, weights: WeightSource): string {
+function rolledLoop(frame: PrefillFrame, rows: RowSource, weights: WeightSource): string {
   const { kernel: { tile }, k } = frame;
   const threads = prefillThreads(tile);
   const lets = (loads: TileLoad[]) =>
     loads.map(({ name, value }) => `let ${name} = ${value("k0")};`).join("\n");
+  const copy = ({ items, start, value, place }: TileCopy) =>
+    `    for (var i = lane; i < ${items}u; i += ${threads}u) {
+      ${place("i")} = ${value("i", start("i"), "k0")};
+    }`;
   return `  let buffer_x = 0u;
   let buffer_y = 0u;
   for (var k0 = k_start; k0 < k_end; k0 += ${k.depth}u) {
     workgroupBarrier();
-    for (var i = lane; i < ${tile.rows * k.quads}u; i += ${threads}u) {
-      ${putActivations(frame, "i", `activations(${rowStart(frame, "i")}, k0, i % ${k.quads}u)`)}
-    }
+${[...rows.copies, ...weights.copies].map(copy).join("\n")}
     for (var i = lane; i < ${weights.items}u; i += ${threads}u) {
 ${lets(weights.load("i", ""))}
 ${weights.fill("i", "")}
@@ -147,39 +179,64 @@ ${weights.products}
   }`;
 }
 
+/** An item that a thread takes of those that all threads share out among them. */
+interface Slot {
+  slot: string;
+  /** Its name, and what it is. */
+  i: string;
+  at: string;
+  whole: boolean;
+  within: string;
+}
+
+/** The items of a thread. */
+function itemSlots(items: number, threads: number, name: string): Slot[] {
+  return Array.from({ length: Math.ceil(items / threads) }, (_, j) => ({
+    slot: `_${j}`,
+    i: `${name}_${j}`,
+    // Where items run out, the last one is loaded by many and stored by none of them.
+    at: (j + 1) * threads <= items
+      ? `lane + ${j * threads}u`
+      : `min(lane + ${j * threads}u, ${items - 1}u)`,
+    whole: (j + 1) * threads <= items,
+    within: `lane + ${j * threads}u < ${items}u`,
+  }));
+}
+
 /** Straight code; the next tile's loads are under way while this one is computed. */
-function straightLoop(frame: PrefillFrame, weights: WeightSource, buffers: number): string {
+function straightLoop(
+  frame: PrefillFrame,
+  rows: RowSource,
+  weights: WeightSource,
+  buffers: number,
+): string {
   const { kernel: { tile }, k } = frame;
   const threads = prefillThreads(tile);
   const grid = threadGrid(tile);
-  const slots = (count: number, name: string) =>
-    Array.from({ length: Math.ceil(count / threads) }, (_, j) => ({
-      slot: `_${j}`,
-      i: `${name}_${j}`,
-      whole: (j + 1) * threads <= count,
-      // Where items run out, the last one is loaded by many and stored by none of them.
-      at: (j + 1) * threads <= count
-        ? `lane + ${j * threads}u`
-        : `min(lane + ${j * threads}u, ${count - 1}u)`,
-      within: `lane + ${j * threads}u < ${count}u`,
-    }));
-  const rowSlots = slots(tile.rows * k.quads, "quad");
-  const weightSlots = slots(weights.items, "item");
+  const weightSlots = itemSlots(weights.items, threads, "item");
+  const copySlots = [...rows.copies, ...weights.copies].flatMap((copy) =>
+    itemSlots(copy.items, threads, copy.names.item).map((slot) => ({
+      ...slot,
+      copy,
+      start: copy.names.start + slot.slot,
+      next: copy.names.next + slot.slot,
+    }))
+  );
   const loads: TileLoad[] = [
     ...weightSlots.flatMap(({ i, slot }) => weights.load(i, slot)),
-    ...rowSlots.map(({ i, slot }) => ({
-      name: `next_x${slot}`,
-      type: "vec4<f16>",
-      value: (at: string) => `activations(row${slot}, ${at}, ${i} % ${k.quads}u)`,
+    ...copySlots.map(({ copy, i, start, next }) => ({
+      name: next,
+      type: copy.type,
+      value: (at: string) => copy.value(i, start, at),
     })),
     ...weights.own.map((load) => ({ ...load, name: `next_${load.name}` })),
   ];
-  const guarded = (slot: { whole: boolean; within: string }, body: string) =>
+  const guarded = (slot: Slot, body: string) =>
     slot.whole ? `{\n${body}\n}` : `if (${slot.within}) {\n${body}\n}`;
   return `
 ${weightSlots.map(({ i, at }) => `  let ${i} = ${at};`).join("\n")}
-${rowSlots.map(({ i, at }) => `  let ${i} = ${at};`).join("\n")}
-${rowSlots.map(({ slot, i }) => `  let row${slot} = ${rowStart(frame, i)};`).join("\n")}
+${copySlots.map(({ i, at }) => `  let ${i} = ${at};`).join("\n")}
+${copySlots.map(({ copy, start, i }) => `  let ${start} = ${copy.start(i)};`).join("\n")}
 ${loads.map(({ name, type, value }) => `  var ${name}: ${type} = ${value("k_start")};`).join("\n")}
 ${buffers === 2 ? "  var buffer = 0u;" : ""}
   let last = (k_end - 1u) / ${k.depth}u * ${k.depth}u;
@@ -187,11 +244,7 @@ ${buffers === 2 ? "  var buffer = 0u;" : ""}
     let buffer_x = ${buffers === 2 ? `buffer * ${grid.columns}u` : "0u"};
     let buffer_y = ${buffers === 2 ? `buffer * ${grid.rows}u` : "0u"};
 ${weightSlots.map((slot) => guarded(slot, weights.fill(slot.i, slot.slot))).join("\n")}
-${
-    rowSlots.map((slot) => guarded(slot, putActivations(frame, slot.i, `next_x${slot.slot}`))).join(
-      "\n",
-    )
-  }
+${copySlots.map((slot) => guarded(slot, `${slot.copy.place(slot.i)} = ${slot.next};`)).join("\n")}
 ${weights.own.map(({ name }) => `    let ${name} = next_${name};`).join("\n")}
     workgroupBarrier();
     let k1 = min(k0 + ${k.depth}u, last);

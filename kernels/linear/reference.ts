@@ -165,12 +165,26 @@ export function int8Product(
   order: CodeOrder,
   x: ArrayLike<number>,
 ): Float32Array<ArrayBuffer> {
-  const { shape: [n], format: { m, v }, codebooks } = matrix;
   const int8Order = familyOrder(order, "int8");
-  const { groupPositions } = int8Order;
+  const group = int8Groups(matrix, int8Order.groupPositions, x);
+  return sumGroups(
+    matrix,
+    { ...order, ...int8Order },
+    matrix.shape[0],
+    (row, from) => [group(row, from)],
+  );
+}
+
+/** The sums of a row's groups in integers, and their scales without the weights', by first position. */
+function int8Groups(
+  matrix: CodeTensors,
+  groupPositions: number,
+  x: ArrayLike<number>,
+): (row: number, from: number) => { sum: number; scale: number } {
+  const { format: { m, v }, codebooks } = matrix;
   const centroids = roundToInt8(codebooks);
   const values = Array.from(x);
-  return sumGroups(matrix, { ...order, ...int8Order }, n, (row, from) => {
+  return (row, from) => {
     const group = roundToInt8(values.slice(from * v, (from + groupPositions) * v));
     let sum = 0;
     for (let i = 0; i < groupPositions; i++) {
@@ -179,8 +193,8 @@ export function int8Product(
         for (let e = 0; e < v; e++) sum += group.q[i * v + e] * centroids.q[centroid + e];
       }
     }
-    return [{ sum, scale: f32(group.scale * centroids.scale) }];
-  });
+    return { sum, scale: f32(group.scale * centroids.scale) };
+  };
 }
 
 /** Scales the sums of groups and adds them in float32 as the order says. */
@@ -295,6 +309,31 @@ export function codePrefillProduct(
       sum = fma32(scale, f16(chains[0] + chains[1]), sum);
     }
     y[row] = f32(y[row] + sum);
+  }
+  return y;
+}
+
+/**
+ * The order of the prefill kernels of the `int8` family: groups of `groupK` by rising K; such sums over
+ * `splitK` each are then added one after the other.
+ */
+export function int8PrefillProduct(
+  matrix: CodeTensors,
+  { groupK, splitK }: { groupK: number; splitK: number },
+  x: ArrayLike<number>,
+): Float32Array<ArrayBuffer> {
+  const { shape: [n, k], format: { v, g }, scales } = matrix;
+  const group = int8Groups(matrix, groupK / v, x);
+  const y = new Float32Array(n);
+  for (let row = 0; row < n; row++) {
+    for (let start = 0; start < k; start += splitK) {
+      let split = 0;
+      for (let at = start; at < Math.min(k, start + splitK); at += groupK) {
+        const { sum, scale } = group(row, at / v);
+        split = fma32(f32(scales[Math.floor(at / g) * n + row] * scale), sum, split);
+      }
+      y[row] = f32(y[row] + split);
+    }
   }
   return y;
 }
