@@ -21,6 +21,8 @@ export interface WorkgroupShare {
   lanes: number;
   /** Rows of N a thread holds: 4 or 8. */
   rowsPerThread: number;
+  /** Rounds in which the sums of splits meet in workgroup memory: two take half of the memory. */
+  sumRounds: 1 | 2;
 }
 
 /** One kernel. Nothing but format and order decides a bit of its result. */
@@ -129,7 +131,9 @@ export function dequantizeBytes(kernel: DequantizeKernel): number {
 /** Workgroup memory in which the sums of splits meet, bytes. */
 export function sumsBytes(kernel: WorkgroupShare): number {
   const { splits } = kernel;
-  return holdsWholeSums(kernel) && splits > 1 ? splits * shareColumns(kernel) * 4 : 0;
+  return holdsWholeSums(kernel) && splits > 1
+    ? splits * shareColumns(kernel) * 4 / kernel.sumRounds
+    : 0;
 }
 
 /**
@@ -154,6 +158,7 @@ export function dequantizeKernel(
     turnPositions: turnPositions(format, order.dequantize, turnK),
     gatherQuads: batch < MANY_SUMS_BATCH ? 4 : FLOAT16_PAIR_K / 4,
     packed: hasPackedDot(),
+    sumRounds: 1 as const,
   };
   if (whole) {
     const shape = wholeShape(order, variant, room);

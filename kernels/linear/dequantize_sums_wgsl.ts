@@ -4,12 +4,7 @@
  *
  * @module
  */
-import {
-  holdsWholeSums,
-  shareColumns,
-  shareThreads,
-  type WorkgroupShare,
-} from "./dequantize_kernel.ts";
+import { holdsWholeSums, shareColumns, type WorkgroupShare } from "./dequantize_kernel.ts";
 import type { Output } from "./output_wgsl.ts";
 import type { PairFinish } from "./types.ts";
 import { times } from "./wgsl.ts";
@@ -17,7 +12,9 @@ import { times } from "./wgsl.ts";
 /** The sums of each split of a workgroup, by fours of N, where they meet. */
 export function sumsWgsl(kernel: WorkgroupShare): string {
   return meets(kernel)
-    ? `var<workgroup> sums: array<array<vec4<f32>, ${workgroupQuads(kernel)}>, ${kernel.splits}>;`
+    ? `var<workgroup> sums: array<array<${sumType(kernel)}, ${
+      workgroupQuads(kernel)
+    }>, ${kernel.splits}>;`
     : "";
 }
 
@@ -53,42 +50,59 @@ function storeSums(kernel: WorkgroupShare, target: Output | "partial"): string {
     ));
 }
 
-/** The sums of all splits for place `b` of the batch, into workgroup memory. */
-function meet({ rowsPerThread, lanes }: WorkgroupShare, b: number): string {
-  return `${b > 0 ? "  workgroupBarrier();" : ""}
-${
-    times(rowsPerThread / 4, (t) =>
-      `  sums[lane / ${lanes}u][${t * lanes}u + lane % ${lanes}u] = ${quadSum(t, b)};`)
-  }
-  workgroupBarrier();`;
-}
+/** What meets of four rows of N in a round. */
+const sumType = ({ sumRounds }: WorkgroupShare) => `vec${4 / sumRounds}<f32>`;
 
-/** Adds the splits of the workgroup's quad `at` to `total`, which is zero, as the order says. */
-function addTo(total: string, at: string, { order }: WorkgroupShare): string {
-  const { splits, slices } = order.dequantize;
-  const perSlice = Math.ceil(splits / slices);
-  return times(slices, (s) => {
-    const from = s * perSlice;
-    const count = Math.max(0, Math.min(perSlice, splits - from));
-    return `{ var sum = vec4<f32>();
-${times(count, (i) => `sum += sums[${from + i}][${at}];`)}
-${total} += sum; }`;
+/**
+ * Rounds in which the sums of all splits for place `b` of the batch meet in workgroup memory, each
+ * followed by `add`, which adds them up.
+ */
+function meet(kernel: WorkgroupShare, b: number, add: (round: number) => string): string {
+  const { rowsPerThread, lanes, sumRounds } = kernel;
+  return times(sumRounds, (round) => {
+    const part = sumRounds === 1 ? "" : `.${["xy", "zw"][round]}`;
+    return `${b > 0 || round > 0 ? "  workgroupBarrier();" : ""}
+${
+      times(
+        rowsPerThread / 4,
+        (t) =>
+          `  sums[lane / ${lanes}u][${t * lanes}u + lane % ${lanes}u] = ${quadSum(t, b)}${part};`,
+      )
+    }
+  workgroupBarrier();
+${add(round)}`;
   });
 }
 
-/** Whole sums, stored, or left in the scratch for what finishes them. */
+/**
+ * Adds what met in a round of the splits of the workgroup's quad `at` to `total`, which begins as
+ * zeros, as the order says.
+ */
+function addTo(total: string, at: string, kernel: WorkgroupShare, round: number): string {
+  const { order, sumRounds } = kernel;
+  const { splits, slices } = order.dequantize;
+  const perSlice = Math.ceil(splits / slices);
+  const whole = ["vec4<f32>(sum, vec2<f32>())", "vec4<f32>(vec2<f32>(), sum)"];
+  return times(slices, (s) => {
+    const from = s * perSlice;
+    const count = Math.max(0, Math.min(perSlice, splits - from));
+    return `{ var sum = ${sumType(kernel)}();
+${times(count, (i) => `sum += sums[${from + i}][${at}];`)}
+${total} += ${sumRounds === 1 ? "sum" : whole[round]}; }`;
+  });
+}
+
+/** Whole sums, stored, or left in the scratch for what finishes them: a quad for each thread at most. */
 function addSplits(kernel: WorkgroupShare, target: Output | "partial"): string {
-  return times(kernel.batch, (b) =>
-    `${meet(kernel, b)}
-  if (first + ${b}u < rows) {
-    for (var i = lane; i < min(${workgroupQuads(kernel)}u, quads - quad); i += ${
-      shareThreads(kernel)
-    }u) {
-      var total = vec4<f32>();
-${addTo("total", "i", kernel)}
-      ${store(target, b, "0u", "(quad + i)", "total")}
-    }
-  }`);
+  return `  let adds = lane < min(${workgroupQuads(kernel)}u, quads - quad);
+${
+    times(kernel.batch, (b) =>
+      `  var total${b} = vec4<f32>();
+${meet(kernel, b, (round) => `  if (adds) {\n${addTo(`total${b}`, "lane", kernel, round)}\n  }`)}
+  if (adds && first + ${b}u < rows) {
+    ${store(target, b, "0u", "(quad + lane)", `total${b}`)}
+  }`)
+  }`;
 }
 
 /**
@@ -106,11 +120,11 @@ function finishPairs(kernel: WorkgroupShare, { half }: PairFinish): string {
   var total1 = vec4<f32>();
 ${
     times(batch, (b) =>
-      `${meet(kernel, b)}
-  if (place == ${b}u) {
-${addTo("total0", "own", kernel)}
-${addTo("total1", `own + ${halfQuads}u`, kernel)}
-  }`)
+      meet(kernel, b, (round) =>
+        `  if (place == ${b}u) {
+${addTo("total0", "own", kernel, round)}
+${addTo("total1", `own + ${halfQuads}u`, kernel, round)}
+  }`))
   }
   let n = (quad + own) * 4u;
   if (place < ${batch}u && first + place < rows && n < params.n) {

@@ -43,12 +43,14 @@ export interface Int8Kernel extends WorkgroupShare {
   packed: boolean;
 }
 
-/** With 16 copies of 4-byte entries, at most two lanes of a warp of 32 meet in a bank. */
-const MAX_COPIES = 16;
+/** With 32 copies of 4-byte entries, a warp of an NVIDIA GPU reads without a bank conflict. */
+const MAX_COPIES = 32;
 /** With these, gathers for many rows take less than their products do. */
 const FEW_COPIES = 4;
 /** More would keep the registers of sums and of the code words ahead. */
 const GATHER_QUADS = 4;
+/** Rounds of activations for which copies are given up. */
+const MOST_ROUNDS = 3;
 /** Threads of a workgroup that takes a split, and K whose activations it holds. */
 const SPLIT_THREADS = 128;
 const SPLIT_LOCAL_K = 256;
@@ -101,6 +103,7 @@ export function int8Kernel(
     inputTurns: 1,
     copies: 1,
     packed: hasPackedDot(),
+    sumRounds: 2 as const,
   };
   // A dispatch that rounds costs few rows more than rounding in each workgroup.
   if (batch < SPLIT_BATCH && splits * MIN_LANES <= room.maxThreads) {
@@ -127,7 +130,7 @@ function fit(
       int8Bytes({ ...kernel, copies, inputTurns: 0 });
     const turns = Math.min(mostTurns, Math.floor(free / inputBytes(kernel)));
     // Rather few copies than many rounds, in each of which all threads wait for the others.
-    if (turns < 1 || (copies > 1 && 2 * turns < mostTurns)) continue;
+    if (turns < 1 || (copies > 1 && turns < mostTurns / MOST_ROUNDS)) continue;
     const rounds = Math.ceil(splitTurns(kernel) / turns);
     return { ...kernel, copies, inputTurns: Math.ceil(splitTurns(kernel) / rounds) };
   }
