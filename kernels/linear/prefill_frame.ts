@@ -46,8 +46,8 @@ export interface TileCopy {
   start(i: string): string;
   /** WGSL of item `i`'s value in the tile that begins at `k`. */
   value(i: string, start: string, k: string): string;
-  /** WGSL of its place. */
-  place(i: string): string;
+  /** Statement that puts the value into its place. */
+  put(i: string, value: string): string;
 }
 
 /** The half of a prefill kernel that knows the activations. */
@@ -81,6 +81,8 @@ export interface PrefillFrame {
   kernel: PrefillKernel;
   k: TileK;
   pieces: TilePieces;
+  /** Tiles in workgroup memory. */
+  buffers: number;
   threadColumns: number;
   /** K of the matrix is not a multiple of the tile's. */
   tail: boolean;

@@ -1,6 +1,7 @@
 import { assert, assertAlmostEquals, assertEquals } from "@std/assert";
 import type { Gpu } from "../gpu.ts";
 import { withGpu } from "../gpu_fixture.ts";
+import { linearScratchBytes } from "./binding.ts";
 import { formatOf, outlineOf, ROOMS, SHAPES } from "./decode_fixture.ts";
 import { loadMatrix, loadStack } from "./matrix.ts";
 import { holdableTiles, layerCodes } from "./prefill.ts";
@@ -24,13 +25,13 @@ const PROFILE = { version: 0, decode: "int8" } as const;
 /** Small ones, straight and in loops: items that run out, few and many threads, two buffers. */
 const TILES: { tile: PrefillTile; unroll: boolean }[] = [
   { tile: { rows: 8, columns: 32, patchRows: 2, patchColumns: 2 }, unroll: false },
-  { tile: { rows: 4, columns: 64, patchRows: 4, patchColumns: 1, depth: 128 }, unroll: false },
   { tile: { rows: 8, columns: 32, patchRows: 4, patchColumns: 2 }, unroll: true },
   { tile: { rows: 16, columns: 32, patchRows: 2, patchColumns: 1, buffers: 2 }, unroll: true },
   {
     tile: { rows: 4, columns: 32, patchRows: 1, patchColumns: 4, depth: 16, copies: 1 },
     unroll: true,
   },
+  { tile: { rows: 4, columns: 64, patchRows: 4, patchColumns: 1, depth: 128 }, unroll: false },
   {
     tile: { rows: 4, columns: 32, patchRows: 2, patchColumns: 2, depth: 128, buffers: 2 },
     unroll: true,
@@ -41,7 +42,7 @@ function prefill(
   gpu: Gpu,
   matrix: Matrix,
   x: Float16Array<ArrayBuffer>,
-  { tile, unroll }: typeof TILES[number],
+  { tile, unroll, scratchBytes }: typeof TILES[number] & { scratchBytes?: number },
   decodeRows = 0,
 ) {
   return runLinear(gpu, {
@@ -50,26 +51,27 @@ function prefill(
     shape: stepShape(decodeRows, x.length / matrix.k - decodeRows),
     ranges: ["prefill"],
     profile: "int8",
+    scratchBytes,
     variant: { prefillTiles: [tile], unroll },
   });
 }
 
 Deno.test("int8 prefill rows have the same bits in every tile, and those of the reference but for float32 rounding", () =>
   withGpu(async (gpu) => {
-    const cases: [name: string, shape: MatrixShape][] = [
+    const cases: [name: string, shape: MatrixShape, tiles?: typeof TILES][] = [
       // Tails of K in deep tiles; two splits of K, unequal; N that no tile divides.
-      ["m1v4g64", [41, 192]],
-      ["m1v4g128", [40, 2304]],
-      // Codebooks that are added; groups of 16, 32 and 48; parts of a code word; long codes.
+      ["m1v4g64", [41, 192], TILES],
+      ["m1v4g128", [40, 2304], TILES],
+      // Codebooks that are added; groups of 16, 32 and 48 K; parts of a code word; long codes.
       ["m2v8g128", [70, 384]],
-      ["m8v4g32", [20, 96]],
+      ["m4v4g32", [20, 96]],
       ["m2v4g16", [33, 80]],
       ["m1v8g16", [20, 96]],
       ["m1v12g48", [20, 144]],
       ["m1v24g48", [20, 192]],
       ["m1v32g32", [20, 384]],
     ];
-    for (const [name, shape] of cases) {
+    for (const [name, shape, tiles = TILES.slice(-2)] of cases) {
       const format = formatOf(name);
       const [n, k] = shape;
       const tensors = randomTensors("w", shape, format, n + k);
@@ -91,7 +93,7 @@ Deno.test("int8 prefill rows have the same bits in every tile, and those of the 
           assertAlmostEquals(first[row * n + i], value, 1e-5 * size, `${name} row ${row}, ${i}`)
         );
       }
-      for (const how of TILES.slice(1)) {
+      for (const how of tiles) {
         const y = await prefill(gpu, matrix, x, how);
         assertEquals(bits(y), bits(first), `${name} ${JSON.stringify(how)}`);
       }
@@ -101,14 +103,16 @@ Deno.test("int8 prefill rows have the same bits in every tile, and those of the 
 
 const bits = (y: Float32Array<ArrayBuffer>) => new Uint32Array(y.buffer);
 
-Deno.test("an int8 prefill row has the same bits alone, among others and behind decode rows", () =>
+Deno.test("an int8 prefill row has the same bits alone, among others, behind decode rows and in chunks", () =>
   withGpu(async (gpu) => {
-    const shape: MatrixShape = [40, 256];
+    const shape: MatrixShape = [40, 2304];
     const format = formatOf("m1v4g128");
     const matrix = await loadMatrix(gpu, randomTensors("w", shape, format, 3), "w", shape, format);
     const [n, k] = shape;
     const x = randomActivations(19 * k, 5);
-    for (const how of [TILES[0], TILES[2]]) {
+    // Of two splits of K, what one decode row needs holds 18 prefill rows.
+    const scratchBytes = linearScratchBytes(shape, format, 8) / 8;
+    for (const how of [TILES[0], TILES[1]]) {
       const all = await prefill(gpu, matrix, x, how);
       assert(all.every((value) => value !== 0));
       const from = (row: number, rows: number) => x.slice(row * k, (row + rows) * k);
@@ -116,6 +120,7 @@ Deno.test("an int8 prefill row has the same bits alone, among others and behind 
       const behind = await prefill(gpu, matrix, from(3, 12), how, 5);
       assertEquals(behind.subarray(5 * n), all.slice(8 * n, 15 * n));
       assert(behind.subarray(0, 5 * n).every((value) => value === 0));
+      assertEquals(await prefill(gpu, matrix, x, { ...how, scratchBytes }), all);
     }
     matrix.destroy();
   }));
@@ -127,7 +132,7 @@ Deno.test("rows of zeros are zeros, and rows that the step does not name may hol
     const matrix = await loadMatrix(gpu, randomTensors("w", shape, format, 3), "w", shape, format);
     const x = new Float16Array(9 * 128);
     x.fill(NaN, 5 * 128);
-    for (const how of [TILES[0], TILES[2]]) {
+    for (const how of [TILES[0], TILES[1]]) {
       const y = await runLinear(gpu, {
         matrix,
         x: bitsOf(x),
@@ -158,11 +163,11 @@ Deno.test("in a stack, int8 prefill rows have the bits that they have of each ma
     const x = randomActivations(3 * k, 4);
     const members = ["a", "b"].map((name) => ({ name, n }));
     const stack = await loadStack(gpu, tensors, "ab", members, k, format);
-    const stacked = await prefill(gpu, stack, x, TILES[2]);
+    const stacked = await prefill(gpu, stack, x, TILES[1]);
     stack.destroy();
     for (const [i, { name }] of members.entries()) {
       const matrix = await loadMatrix(gpu, tensors, name, [n, k], format);
-      const alone = await prefill(gpu, matrix, x, TILES[2]);
+      const alone = await prefill(gpu, matrix, x, TILES[1]);
       for (let row = 0; row < 3; row++) {
         const from = (row * 2 + i) * n;
         assertEquals(stacked.slice(from, from + n), alone.slice(row * n, (row + 1) * n));

@@ -23,10 +23,9 @@ import { times } from "./wgsl.ts";
 
 /** The activations of an int8 kernel, and the scales of their groups times that of the centroids. */
 export function int8Rows(frame: PrefillFrame): RowSource {
-  const { kernel: { tile, unroll }, k, pieces: { row, type }, tail } = frame;
+  const { kernel: { tile }, k, pieces: { row, type }, buffers, tail } = frame;
   const words = `params.k / ${INT8_WORD_K}u`;
   const groups = `params.k / ${k.groupK}u`;
-  const buffers = unroll ? tile.buffers ?? 1 : 1;
   return {
     type,
     declarations: `@group(0) @binding(7) var<storage, read> x_scales: array<f32>;
@@ -43,10 +42,10 @@ ${tail ? `  if (word >= ${words}) { return ${type}(); }` : ""}
       {
         items: tile.rows * row,
         type,
-        names: { item: "word", start: "row", next: "next_x" },
+        names: { item: "piece", start: "row", next: "next_x" },
         start: (i) => `${viewRow(`${i} / ${row}u`)} * (${words})`,
         value: (i, start, at) => `activations(${start}, ${at} / ${INT8_WORD_K}u + ${i} % ${row}u)`,
-        place: (i) => rowPlace(frame, i),
+        put: (i, value) => `${rowPlace(frame, i)} = ${value};`,
       },
       {
         items: tile.rows * k.groups,
@@ -56,22 +55,21 @@ ${tail ? `  if (word >= ${words}) { return ${type}(); }` : ""}
         value: (i, start, at) => {
           const group = `${at} / ${k.groupK}u + ${i} % ${k.groups}u`;
           const within = tail ? `min(${group}, ${groups} - 1u)` : group;
-          return `x_scales[${start} + ${within}] * book_scale`;
+          return `x_scales[${start} + ${within}]`;
         },
-        place: (i) => scalePlace("row_scales[buffer_y", i, tile.patchRows * k.groups),
+        // Scaled no sooner than it is put: then nothing waits for the load.
+        put: (i, value) => {
+          const each = `${tile.patchRows * k.groups}u`;
+          return `row_scales[buffer_y + ${i} / ${each}][${i} % ${each}] = ${value} * book_scale;`;
+        },
       },
     ],
   };
 }
 
-/** WGSL of item `i` of arrays of `each`. */
-function scalePlace(array: string, i: string, each: number): string {
-  return `${array} + ${i} / ${each}u][${i} % ${each}u]`;
-}
-
 /** The weights and products of an int8 kernel. */
 export function int8Weights(frame: PrefillFrame, code: PrefillCode): WeightSource {
-  const { kernel: { tile, unroll, members, packedDot }, k, threadColumns } = frame;
+  const { kernel: { tile, unroll, members, packedDot }, k, buffers, threadColumns } = frame;
   const { m, v } = code.format;
   const positions = itemPositions(code)!;
   const { declarations, prologue, place, find, quad, ...source } = gatherCodes(
@@ -80,7 +78,6 @@ export function int8Weights(frame: PrefillFrame, code: PrefillCode): WeightSourc
     positions,
     "u32",
   );
-  const buffers = unroll ? tile.buffers ?? 1 : 1;
   const perCode = v / 4;
   const itemWords = positions * v / INT8_WORD_K;
   const word = (c: number, w: number) =>
@@ -114,15 +111,18 @@ ${
       }`,
     copies: [{
       items: tile.columns * k.groups,
-      type: "f32",
+      type: "f16",
       names: { item: "column_group", start: "column", next: "next_column_scale" },
       start: (i) => `in_block + ${i} % ${tile.columns}u`,
       value: (i, start, at) => {
         const group = k.groups > 1 ? `${at} + ${i} / ${tile.columns}u * ${k.groupK}u` : at;
-        return `f32(${scaleAt(frame, code, group, start)})`;
+        return scaleAt(frame, code, group, start);
       },
-      place: (i) =>
-        `column_scales[buffer_x + ${i} % ${threadColumns}u][${i} % ${tile.columns}u / ${threadColumns}u * ${k.groups}u + ${i} / ${tile.columns}u]`,
+      put: (i, value) => {
+        const column = `${i} % ${tile.columns}u`;
+        const at = `${column} / ${threadColumns}u * ${k.groups}u + ${i} / ${tile.columns}u`;
+        return `column_scales[buffer_x + ${column} % ${threadColumns}u][${at}] = f32(${value});`;
+      },
     }],
     own: [],
     products: unroll

@@ -212,6 +212,8 @@ export function paddedQuads(quads: number): number {
 export interface TilePieces {
   type: "vec4<f16>" | "vec4<u32>";
   bytes: number;
+  /** K of one. */
+  k: number;
   /** Of one row or column; of integers, the codebooks' weights stand side by side. */
   row: number;
   column: number;
@@ -223,16 +225,16 @@ export interface TilePieces {
 /** The pieces of a tile; `code` is null for dense. */
 export function tilePieces(tile: PrefillTile, code: PrefillCode | null): TilePieces {
   const { quads } = tileK(tile, code);
-  // An integer is half as long as a float16, and a vector has four words of four.
-  const [type, quadsEach, column] = code?.int8Positions
-    ? ["vec4<u32>", 4, code.format.m * quads / 4] as const
-    : ["vec4<f16>", 1, quads] as const;
-  const bytes = type === "vec4<u32>" ? 16 : 8;
+  const [type, bytes, k] = code?.int8Positions
+    ? ["vec4<u32>", 16, INT8_WORD_K] as const
+    : ["vec4<f16>", 8, 4] as const;
+  const row = quads * 4 / k;
+  const column = code?.int8Positions ? row * code.format.m : row;
   const padded = (pieces: number) => paddedQuads(pieces * bytes / 8) * 8 / bytes;
-  const row = quads / quadsEach;
   return {
     type,
     bytes,
+    k,
     row,
     column,
     threadRows: padded(tile.patchRows * row),

@@ -39,16 +39,16 @@ export function prefillWgsl(kernel: PrefillKernel): string {
   invariant(splits.splits === 1 || splits.splitK % k.depth === 0, "tiles share out a split of K");
   const tail = kernel.k % k.depth !== 0;
   const pieces = tilePieces(tile, code);
-  const frame: PrefillFrame = { kernel, k, pieces, threadColumns: grid.columns, tail };
-  const { rows, weights } = sources(frame, code);
   const buffers = unroll ? tile.buffers ?? 1 : 1;
+  const frame: PrefillFrame = { kernel, k, pieces, buffers, threadColumns: grid.columns, tail };
+  const { rows, weights } = sources(frame, code);
 
   return /* wgsl */ `${HEADER_WGSL}
 @group(0) @binding(2) var<storage, read> x: array<${rows.type}>;
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;
 ${weights.declarations}
 ${splits.splits === 1 ? putWgsl(store) : PUT_PARTIAL_WGSL}
-// [buffer][thread along the rows][row of its patch][K / 4], and the same of columns
+// [buffer][thread along the rows][row of its patch][K / ${pieces.k}], and the same of columns
 var<workgroup> tile_x: array<array<${pieces.type}, ${pieces.threadRows}>, ${buffers * grid.rows}>;
 var<workgroup> tile_w: array<array<${pieces.type}, ${pieces.threadColumns}>, ${
     buffers * grid.columns
@@ -72,7 +72,7 @@ ${threadPlace(tile)}
   let busy = row0 + ty * ${tile.patchRows}u < rows;
 ${eachOutput(tile, (r, c) => `  var acc${r}_${c} = 0.0;`)}
 ${weights.prologue}
-${unroll ? straightLoop(frame, rows, weights, buffers) : rolledLoop(frame, rows, weights)}
+${unroll ? straightLoop(frame, rows, weights) : rolledLoop(frame, rows, weights)}
 ${
     times(tile.patchRows, (r) =>
       `  if (row0 + ty * ${tile.patchRows}u + ${r}u < rows) {
@@ -124,7 +124,7 @@ function float16Rows(frame: PrefillFrame): RowSource {
         return vectors ? `(${start}) / 4u` : start;
       },
       value: (i, start, at) => `activations(${start}, ${at}, ${i} % ${row}u)`,
-      place: (i) => rowPlace(frame, i),
+      put: (i, value) => `${rowPlace(frame, i)} = ${value};`,
     }],
   };
 }
@@ -158,9 +158,9 @@ function rolledLoop(frame: PrefillFrame, rows: RowSource, weights: WeightSource)
   const threads = prefillThreads(tile);
   const lets = (loads: TileLoad[]) =>
     loads.map(({ name, value }) => `let ${name} = ${value("k0")};`).join("\n");
-  const copy = ({ items, start, value, place }: TileCopy) =>
+  const copy = ({ items, start, value, put }: TileCopy) =>
     `    for (var i = lane; i < ${items}u; i += ${threads}u) {
-      ${place("i")} = ${value("i", start("i"), "k0")};
+      ${put("i", value("i", start("i"), "k0"))}
     }`;
   return `  let buffer_x = 0u;
   let buffer_y = 0u;
@@ -204,13 +204,8 @@ function itemSlots(items: number, threads: number, name: string): Slot[] {
 }
 
 /** Straight code; the next tile's loads are under way while this one is computed. */
-function straightLoop(
-  frame: PrefillFrame,
-  rows: RowSource,
-  weights: WeightSource,
-  buffers: number,
-): string {
-  const { kernel: { tile }, k } = frame;
+function straightLoop(frame: PrefillFrame, rows: RowSource, weights: WeightSource): string {
+  const { kernel: { tile }, k, buffers } = frame;
   const threads = prefillThreads(tile);
   const grid = threadGrid(tile);
   const weightSlots = itemSlots(weights.items, threads, "item");
@@ -244,7 +239,7 @@ ${buffers === 2 ? "  var buffer = 0u;" : ""}
     let buffer_x = ${buffers === 2 ? `buffer * ${grid.columns}u` : "0u"};
     let buffer_y = ${buffers === 2 ? `buffer * ${grid.rows}u` : "0u"};
 ${weightSlots.map((slot) => guarded(slot, weights.fill(slot.i, slot.slot))).join("\n")}
-${copySlots.map((slot) => guarded(slot, `${slot.copy.place(slot.i)} = ${slot.next};`)).join("\n")}
+${copySlots.map((slot) => guarded(slot, slot.copy.put(slot.i, slot.next))).join("\n")}
 ${weights.own.map(({ name }) => `    let ${name} = next_${name};`).join("\n")}
     workgroupBarrier();
     let k1 = min(k0 + ${k.depth}u, last);
