@@ -69,7 +69,7 @@ ${tail ? `  if (word >= ${words}) { return ${type}(); }` : ""}
 
 /** The weights and products of an int8 kernel. */
 export function int8Weights(frame: PrefillFrame, code: PrefillCode): WeightSource {
-  const { kernel: { tile, unroll, members, packedDot }, k, buffers, threadColumns } = frame;
+  const { kernel: { tile, unroll, members, packedDot }, k, pieces, buffers, threadColumns } = frame;
   const { m, v } = code.format;
   const positions = itemPositions(code)!;
   const { declarations, prologue, place, find, quad, ...source } = gatherCodes(
@@ -80,6 +80,7 @@ export function int8Weights(frame: PrefillFrame, code: PrefillCode): WeightSourc
   );
   const perCode = v / 4;
   const itemWords = positions * v / INT8_WORD_K;
+  const groupWords = k.groupK / INT8_WORD_K;
   const word = (c: number, w: number) =>
     Array.from({ length: 4 }, (_, e) => {
       const at = w * 4 + e;
@@ -105,8 +106,7 @@ ${
         times(m, (c) =>
           times(
             itemWords,
-            (w) =>
-              `tile_w[thread][at + ${c * groupWords(k.depth) + w}u] = vec4<u32>(${word(c, w)});`,
+            (w) => `tile_w[thread][at + ${c * pieces.row + w}u] = vec4<u32>(${word(c, w)});`,
           ))
       }`,
     copies: [{
@@ -126,48 +126,47 @@ ${
     }],
     own: [],
     products: unroll
-      ? times(k.groups, (group) => groupProducts(frame, m, `${group}u`))
+      ? times(k.groups, (group) => groupProducts(frame, m, `${group}u`, `${group * groupWords}u`))
       : `for (var group = 0u; group < ${k.groups}u; group++) {
-${groupProducts(frame, m, "group")}
+${groupProducts(frame, m, "group", `group * ${groupWords}u`)}
 }`,
   };
 }
 
-/** Words of so much K, of one codebook. */
-function groupWords(k: number): number {
-  return k / INT8_WORD_K;
-}
-
-/** Products of a group: a word at a time, as a thread reads 16 bytes best. */
+/**
+ * Products of a group: a word at a time, as a thread reads 16 bytes best.
+ *
+ * @param group WGSL of which it is, and of its first word
+ */
 function groupProducts(
   { kernel: { tile }, k, pieces }: PrefillFrame,
   m: number,
   group: string,
+  first: string,
 ): string {
-  const words = groupWords(k.groupK);
   const reads = (name: string, from: string, count: number, stride: number, at: string) =>
     times(count, (n) => `let ${name}${n} = ${from}[${n * stride}u + ${at}];`);
   const word = (w: number) =>
     `{
-${reads("a", "tile_x[buffer_y + ty]", tile.patchRows, pieces.row, `${group} * ${words}u + ${w}u`)}
+${reads("a", "tile_x[buffer_y + ty]", tile.patchRows, pieces.row, `${w}u + ${first}`)}
 ${
       times(m, (c) => {
-        const at = `${c * groupWords(k.depth) + w}u + ${group} * ${words}u`;
+        const at = `${c * pieces.row + w}u + ${first}`;
         return `{
 ${reads("b", "tile_w[buffer_x + tx]", tile.patchColumns, pieces.column, at)}
 ${
           times(4, (e) =>
             eachOutput(tile, (r, n) => {
               const dot = `dot_int8(a${r}.${"xyzw"[e]}, b${n}.${"xyzw"[e]})`;
-              const first = w === 0 && c === 0 && e === 0;
-              return `sum${r}_${n} = ${dot}${first ? "" : ` + sum${r}_${n}`};`;
+              const begins = w === 0 && c === 0 && e === 0;
+              return `sum${r}_${n} = ${dot}${begins ? "" : ` + sum${r}_${n}`};`;
             }))
         }
 }`;
       })
     }
 }`;
-  return `${times(words, word)}
+  return `${times(k.groupK / INT8_WORD_K, word)}
 {
 ${reads("row_scale", "row_scales[buffer_y + ty]", tile.patchRows, k.groups, group)}
 ${reads("scale", "column_scales[buffer_x + tx]", tile.patchColumns, k.groups, group)}
