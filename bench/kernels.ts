@@ -60,8 +60,12 @@ const HEADS: Record<string, BenchMatrix> = {
   tiny: { name: "head", members: [1000], k: 512 },
 };
 
-const FAMILIES = ["codegemm", "dequantize", "int8", "prefill"] as const;
+const FAMILIES = ["codegemm", "dequantize", "int8", "prefill", "int8-prefill"] as const;
 type Family = typeof FAMILIES[number];
+
+function isPrefill(family: Family): boolean {
+  return family === "prefill" || family === "int8-prefill";
+}
 
 /** GPU work ahead of each figure. */
 const BUSY_MS = 60;
@@ -150,11 +154,11 @@ async function measure(
   rows: number,
 ): Promise<number> {
   const [{ n, k }] = copies;
-  const range = family === "prefill" ? "prefill" : "decode";
+  const range = isPrefill(family) ? "prefill" : "decode";
   const x = Float16Array.from({ length: rows * k }, (_, i) => Math.sin(i));
   const buffers = new TrialBuffers(gpu, copies[0], x);
   const shape = buffers.setRows(range, rows);
-  const decode = family === "prefill" ? "codegemm" : family;
+  const decode = family === "int8-prefill" ? "int8" : family === "prefill" ? "codegemm" : family;
   const label = `${n} x ${k} ${family}`;
   const linears: Linear[] = [];
   for (const matrix of copies) linears.push(await buffers.bind(matrix, { label, range, decode }));
@@ -181,7 +185,7 @@ function measurement(
     n,
     k,
     format,
-    family: codes === null && family !== "prefill" ? "dense" : family,
+    family: codes === null && !isPrefill(family) ? "dense" : family,
     rows,
     microseconds,
     gigabytesPerSecond,
@@ -299,12 +303,12 @@ async function main(): Promise<void> {
       const copies = await makeCopies(gpu, matrix, format, cacheBytes);
       for (const family of families) {
         // Dense has one family of decode kernels; codes of more than 8 bits the dequantizing one.
-        if (format === null && (family === "dequantize" || family === "int8")) continue;
-        if (format !== null && format.b > 8 && (family === "codegemm" || family === "int8")) {
+        if (format === null && family !== "codegemm" && family !== "prefill") continue;
+        if (format !== null && format.b > 8 && family !== "dequantize" && family !== "prefill") {
           continue;
         }
         const prefillCounts = values["prefill-rows"].split(",").map(Number);
-        for (const rows of family === "prefill" ? prefillCounts : rowCounts) {
+        for (const rows of isPrefill(family) ? prefillCounts : rowCounts) {
           const microseconds = await measure(gpu, timer, copies, family, rows);
           measurements.push(
             measurement(matrix.name, name, copies[0], family, rows, microseconds, readGBps),

@@ -11,7 +11,7 @@ import { CANDIDATES } from "./linear/autotune.ts";
 import { decodeCode } from "./linear/decode.ts";
 import { outlineOf, total } from "./linear/decode_fixture.ts";
 import { canStack } from "./linear/order.ts";
-import { holdableTiles, prefillCode } from "./linear/prefill.ts";
+import { holdableTiles, layerCodes, prefillCode } from "./linear/prefill.ts";
 import { PREFILL_TILES, tileName } from "./linear/prefill_tile.ts";
 import type { Matrix } from "./linear/types.ts";
 import { decodeFamily, defaultVariant, familyBatches } from "./linear/variant.ts";
@@ -152,15 +152,17 @@ function assertTilesFit(matrix: Matrix, limits: typeof GUARANTEED) {
   const gpu = { limits } as Gpu;
   for (const software of [false, true]) {
     const { unroll, prefillTiles } = defaultVariant(software);
-    for (const tiles of [[...PREFILL_TILES, ...prefillTiles], []]) {
-      for (const tile of holdableTiles(gpu, matrix, tiles)) {
-        const input = { stride: matrix.k, offset: 0 };
-        const code = prefillCode({ gpu, matrix, input, store: "store" }, { unroll }, tile);
-        assertFits(
-          code,
-          limits,
-          `${matrix.name} ${JSON.stringify(matrix.format)} ${tileName(tile)}`,
-        );
+    for (const decode of ["dequantize", "int8"] as const) {
+      const codes = layerCodes({ matrix, profile: { version: 0, decode } });
+      for (const tiles of [[...PREFILL_TILES, ...prefillTiles], []]) {
+        for (const tile of holdableTiles(gpu, matrix, tiles, codes)) {
+          const input = { stride: matrix.k, offset: 0 };
+          const code = prefillCode({ gpu, matrix, input, store: "store" }, { unroll }, tile, codes);
+          const what = `${matrix.name} ${JSON.stringify(matrix.format)} ${decode} ${
+            tileName(tile)
+          }`;
+          assertFits(code, limits, what);
+        }
       }
     }
   }

@@ -61,6 +61,21 @@ fn pack_int8(values: vec4<f32>) -> u32 {
 }
 
 /**
+ * How a kernel turns a sum of products into float32. Converting takes a slow instruction: a sum that
+ * begins with the bits of 1.5 * 2^23 has them, plus itself, as a float32, while it is below 2^22.
+ *
+ * @param products summed at most
+ */
+export function int8Sum(products: number): { start: string; toFloat(sum: string): string } {
+  return products * INT8_MAX ** 2 < 2 ** 22
+    ? {
+      start: `${0x4b400000}`,
+      toFloat: (sum) => `(bitcast<f32>(${sum}) - ${1.5 * 2 ** 23}.0)`,
+    }
+    : { start: "0", toFloat: (sum) => `f32(${sum})` };
+}
+
+/**
  * What the kernels read of a stack's codebooks: its members' centroids, four elements a word in their
  * own order `(members, m, 256, v / 4)`, then the bits of each member's scale.
  *

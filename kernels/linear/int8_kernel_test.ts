@@ -99,6 +99,7 @@ Deno.test("int8 rows have the same bits in every batch, and those of the referen
       ["m2v8g128", [41, 1280], [2, 16]],
       ["m2v4g16", [13, 160], [4]],
       ["m1v32g32", [9, 768], [8]],
+      ["m1v12g48", [9, 2304], [4]],
     ];
     for (const [name, shape, batches] of cases) {
       const format = formatOf(name);

@@ -26,7 +26,8 @@ export interface Int8Rows {
 
 /** The least K of a group that any format has. */
 const LEAST_GROUP_K = INT8_WORD_K;
-const THREADS = 128;
+/** Groups of one to four loads of 16 each end with a workgroup. */
+const THREADS = 96;
 const BINDINGS = ["uniform", "uniform", "read", "write", "write"] as const;
 
 /** Bytes of the buffers for rows of up to `k` elements. */

@@ -67,7 +67,7 @@ Deno.test("int8 prefill rows have the same bits in every tile, and those of the 
       ["m4v4g32", [20, 96]],
       ["m2v4g16", [33, 80]],
       ["m1v8g16", [20, 96]],
-      ["m1v12g48", [20, 144]],
+      ["m1v12g48", [20, 2304]],
       ["m1v24g48", [20, 192]],
       ["m1v32g32", [20, 384]],
     ];

@@ -7,7 +7,7 @@
  *
  * @module
  */
-import { int8Wgsl } from "./int8.ts";
+import { int8Sum, int8Wgsl } from "./int8.ts";
 import { INT8_WORD_K } from "./order.ts";
 import { codePlaces, CODES_WGSL, gatherCodes, scaleAt } from "./prefill_code_wgsl.ts";
 import {
@@ -146,6 +146,7 @@ function groupProducts(
 ): string {
   const reads = (name: string, from: string, count: number, stride: number, at: string) =>
     times(count, (n) => `let ${name}${n} = ${from}[${n * stride}u + ${at}];`);
+  const { start, toFloat } = int8Sum(m * k.groupK);
   const word = (w: number) =>
     `{
 ${reads("a", "tile_x[buffer_y + ty]", tile.patchRows, pieces.row, `${w}u + ${first}`)}
@@ -159,7 +160,7 @@ ${
             eachOutput(tile, (r, n) => {
               const dot = `dot_int8(a${r}.${"xyzw"[e]}, b${n}.${"xyzw"[e]})`;
               const begins = w === 0 && c === 0 && e === 0;
-              return `sum${r}_${n} = ${dot}${begins ? "" : ` + sum${r}_${n}`};`;
+              return `sum${r}_${n} = ${dot} + ${begins ? start : `sum${r}_${n}`};`;
             }))
         }
 }`;
@@ -173,7 +174,8 @@ ${reads("scale", "column_scales[buffer_x + tx]", tile.patchColumns, k.groups, gr
 ${
     eachOutput(
       tile,
-      (r, c) => `acc${r}_${c} = fma(scale${c} * row_scale${r}, f32(sum${r}_${c}), acc${r}_${c});`,
+      (r, c) =>
+        `acc${r}_${c} = fma(scale${c} * row_scale${r}, ${toFloat(`sum${r}_${c}`)}, acc${r}_${c});`,
     )
   }
 }`;

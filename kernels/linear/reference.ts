@@ -22,7 +22,7 @@ export interface CodeTensors {
   /** `(m, K/v/4, N)`, four codes a word; `(m, K/v/2, N)` and two above 8 bits */
   codes: Uint32Array;
   /** `(m, 2^b, v)` */
-  codebooks: Float16Array;
+  codebooks: ArrayLike<number>;
   /** `(K/g, N)` */
   scales: Float16Array;
 }

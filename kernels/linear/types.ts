@@ -87,8 +87,8 @@ export interface LinearOptions {
    */
   scratch: GPUBuffer;
   /**
-   * For rows as integers, of at least this layer's K and `maxRows`: where the profile's family is
-   * `int8`. One pair may serve all layers of a stage.
+   * For rows as integers, of at least this layer's K and all rows of the input's view: where the
+   * profile's family is `int8`. One pair may serve all layers of a stage.
    */
   int8Rows?: Int8Rows;
   /** Taken where the layer can: see {@linkcode Linear.finishes}. */
