@@ -46,15 +46,18 @@ export interface Int8Kernel extends WorkgroupShare {
 /** With 32 copies of 4-byte entries, a warp of an NVIDIA GPU reads without a bank conflict. */
 const MAX_COPIES = 32;
 /** With these, gathers for many rows take less than their products do. */
-const FEW_COPIES = 4;
+const FEW_COPIES = 8;
 /** More would keep the registers of sums and of the code words ahead. */
 const GATHER_QUADS = 4;
 /** Rounds of activations for which copies are given up. */
 const MOST_ROUNDS = 3;
 /** Threads of a workgroup that takes a split, and K whose activations it holds. */
 const SPLIT_THREADS = 128;
-const SPLIT_LOCAL_K = 256;
-/** Workgroup memory that an H200's multiprocessor has for all workgroups on it together. */
+const SPLIT_LOCAL_K = 512;
+/**
+ * Workgroup memory that an H200's multiprocessor has for all workgroups on it together: those that take
+ * a split run two at a time at least.
+ */
 const SHARED_BYTES = 48 * 1024;
 
 /** Workgroup memory of a kernel, bytes. */
@@ -108,29 +111,30 @@ export function int8Kernel(
   // A dispatch that rounds costs few rows more than rounding in each workgroup.
   if (batch < SPLIT_BATCH && splits * MIN_LANES <= room.maxThreads) {
     const whole = { ...kernel, ...wholeShape(order, choice, room), rounded: false };
-    const fitting = fit(whole, MAX_COPIES, splitTurns(whole), room);
+    const most = { bytes: SHARED_BYTES, copies: MAX_COPIES, turns: splitTurns(whole) };
+    const fitting = fit(whole, most, room);
     if (fitting !== null) return fitting;
   }
   const rowsPerThread = choice.codeRowsPerThread ?? 4;
   const threads = Math.min(choice.codeThreads ?? SPLIT_THREADS, room.maxThreads);
   const share = { splits: 1, rowsPerThread, lanes: lanesOf(room, rowsPerThread, threads) };
   const turns = Math.max(1, Math.floor(SPLIT_LOCAL_K / (kernel.turnPositions * format.v)));
-  return fit({ ...kernel, ...share, rounded: true }, FEW_COPIES, turns, room);
+  const most = { bytes: SHARED_BYTES / 2, copies: FEW_COPIES, turns };
+  return fit({ ...kernel, ...share, rounded: true }, most, room);
 }
 
 /** The kernel with as many copies of its centroids, and turns' activations, as fit. */
 function fit(
   kernel: Int8Kernel,
-  mostCopies: number,
-  mostTurns: number,
+  most: { bytes: number; copies: number; turns: number },
   { workgroupBytes }: KernelRoom,
 ): Int8Kernel | null {
-  for (let copies = mostCopies; copies >= 1; copies /= 2) {
-    const free = Math.min(workgroupBytes, SHARED_BYTES) -
-      int8Bytes({ ...kernel, copies, inputTurns: 0 });
-    const turns = Math.min(mostTurns, Math.floor(free / inputBytes(kernel)));
+  const bytes = Math.min(workgroupBytes, most.bytes);
+  for (let copies = most.copies; copies >= 1; copies /= 2) {
+    const free = bytes - int8Bytes({ ...kernel, copies, inputTurns: 0 });
+    const turns = Math.min(most.turns, Math.floor(free / inputBytes(kernel)));
     // Rather few copies than many rounds, in each of which all threads wait for the others.
-    if (turns < 1 || (copies > 1 && turns < mostTurns / MOST_ROUNDS)) continue;
+    if (turns < 1 || (copies > 1 && turns < most.turns / MOST_ROUNDS)) continue;
     const rounds = Math.ceil(splitTurns(kernel) / turns);
     return { ...kernel, copies, inputTurns: Math.ceil(splitTurns(kernel) / rounds) };
   }

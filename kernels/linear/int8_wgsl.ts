@@ -16,7 +16,7 @@ import { codesPerWord } from "../../shared/model_config.ts";
 import { codeIndex } from "./code_words_wgsl.ts";
 import { shareThreads, splitPositions } from "./dequantize_kernel.ts";
 import { leaveWgsl, sumsWgsl } from "./dequantize_sums_wgsl.ts";
-import { INT8_MAX, INT8_STEP, int8Wgsl } from "./int8.ts";
+import { INT8_MAX, INT8_STEP, int8Sum, int8Wgsl } from "./int8.ts";
 import { inputWords, type Int8Kernel, splitTurns } from "./int8_kernel.ts";
 import { familyOrder, INT8_WORD_K } from "./order.ts";
 import { type Output, outputWgsl } from "./output_wgsl.ts";
@@ -253,12 +253,13 @@ function groupProducts(kernel: Int8Kernel, group: number): string {
   const { format: { m, v }, batch, rowsPerThread, groupPositions, gatherQuads } = kernel;
   const first = group * v / 4;
   const groupQuads = groupPositions * v / 4;
+  const { start, toFloat } = int8Sum(m * groupPositions * v);
   const turnWords = inputWords(kernel).turn;
   const pieces = Math.ceil(groupQuads / gatherQuads);
   const sum = (r: number, b: number) => pieces > 1 ? `sum${r}_${b}` : `sum${r}`;
   const parts = ["{"];
   if (pieces > 1) {
-    parts.push(times(rowsPerThread, (r) => times(batch, (b) => `var ${sum(r, b)} = 0;`)));
+    parts.push(times(rowsPerThread, (r) => times(batch, (b) => `var ${sum(r, b)} = ${start};`)));
   }
   for (let piece = 0; piece < pieces; piece++) {
     const from = first + piece * gatherQuads;
@@ -266,7 +267,7 @@ function groupProducts(kernel: Int8Kernel, group: number): string {
     parts.push("{", times(rowsPerThread, (r) => gather(kernel, from, quads, r)));
     for (let b = 0; b < batch; b++) {
       parts.push("{");
-      if (pieces === 1) parts.push(times(rowsPerThread, (r) => `var ${sum(r, b)} = 0;`));
+      if (pieces === 1) parts.push(times(rowsPerThread, (r) => `var ${sum(r, b)} = ${start};`));
       parts.push(
         times(quads / 4, (w) => `let a${w} = inputs[slot][${b * turnWords + from / 4 + w}u];`),
       );
@@ -290,9 +291,9 @@ function groupProducts(kernel: Int8Kernel, group: number): string {
           times(
             rowsPerThread,
             (r) =>
-              `acc${r}_${b} = fma(${scaleOf(kernel, group, r)} * input_scale, f32(${
-                sum(r, b)
-              }), acc${r}_${b});`,
+              `acc${r}_${b} = fma(${scaleOf(kernel, group, r)} * input_scale, ${
+                toFloat(sum(r, b))
+              }, acc${r}_${b});`,
           ),
         );
       }
