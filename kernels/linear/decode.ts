@@ -16,6 +16,7 @@ import {
 import type { CodeKernel } from "./code_kernel.ts";
 import { codeKernelFits, turnPositions } from "./code_kernel.ts";
 import { codeKernelWgsl } from "./code_wgsl.ts";
+import { hasPackedDot } from "./code_words_wgsl.ts";
 import { denseKernelBytes, denseKernelWgsl } from "./dense_wgsl.ts";
 import {
   dequantizeKernel,
@@ -26,7 +27,13 @@ import {
 } from "./dequantize_kernel.ts";
 import { dequantizeKernelWgsl } from "./dequantize_wgsl.ts";
 import { int8Kernel } from "./int8_kernel.ts";
-import { encodeInt8Rows, type Int8Rows, type Int8RowsPlan, planInt8Rows } from "./int8_rows.ts";
+import {
+  encodeInt8Rows,
+  type Int8Rows,
+  type Int8RowsPlan,
+  int8RowsWgsl,
+  planInt8Rows,
+} from "./int8_rows.ts";
 import { int8KernelWgsl } from "./int8_wgsl.ts";
 import type { Output } from "./output_wgsl.ts";
 import { psumbookKernel, workgroupColumns } from "./psumbook_kernel.ts";
@@ -69,6 +76,8 @@ interface ReduceCode {
 export interface DecodeProgram {
   /** By rising batch; none where none fits into workgroup memory. */
   kernels: (DecodeCode & { batch: Batch })[];
+  /** Ahead of those whose input are integers; null where there are none. */
+  rounding: string | null;
   /** Behind partial sums; and behind whole ones that a kernel could not finish. */
   reduce: ReduceCode | null;
   finish: ReduceCode | null;
@@ -170,7 +179,7 @@ export async function planDecode(
   const finishing = await compiled(program.finish);
 
   const finishes = kernels.some((kernel) => kernel.finishes);
-  const rounded = kernels.some((kernel) => kernel.rounded);
+  const rounded = program.rounding !== null;
   const { int8Rows } = options;
   invariant(!rounded || int8Rows, `${label} has buffers for rows as integers`);
   const chunks: DecodeDispatch[][] = [];
@@ -221,9 +230,9 @@ export async function planDecode(
       };
     }));
   }
-  const rounding = rounded
-    ? await planInt8Rows(options, int8Rows!, int8GroupK(matrix), range, uniforms)
-    : null;
+  const rounding = program.rounding === null
+    ? null
+    : await planInt8Rows(options, int8Rows!, program.rounding, range, uniforms);
   return { chunkRows, kernels, reduce, finish: finishing, rounding, chunks };
 }
 
@@ -291,6 +300,9 @@ export function decodeProgram(
     kernels.some(({ splitGroups, finishes }) => splitGroups === 1 && !finishes);
   return {
     kernels,
+    rounding: kernels.some(({ rounded }) => rounded)
+      ? int8RowsWgsl(int8GroupK(options.matrix), hasPackedDot())
+      : null,
     reduce: partial ? reduction(layerSplits(options)) : null,
     finish: unfinished ? reduction({ splits: 1, slices: 1 }) : null,
   };

@@ -1,6 +1,6 @@
-import { assertEquals } from "@std/assert";
+import { assertEquals, assertStringIncludes } from "@std/assert";
 import type { Gpu } from "../gpu.ts";
-import { decodeCode } from "./decode.ts";
+import { decodeCode, decodeProgram } from "./decode.ts";
 import { outlineOf } from "./decode_fixture.ts";
 import type { PairFinish } from "./types.ts";
 import { defaultVariant, kernelFor } from "./variant.ts";
@@ -37,6 +37,28 @@ Deno.test("pairs are finished behind the sums where an adapter has too few bindi
     assertEquals(made.code.includes("fn finish("), finishes);
     assertEquals(made.splitGroups, 1);
   }
+});
+
+Deno.test("the code that rounds rows is part of the program of kernels that take integers", () => {
+  const matrix = outlineOf([1024], 1024, { m: 1, v: 4, g: 128, b: 8 });
+  const limits = {
+    maxComputeInvocationsPerWorkgroup: 1024,
+    maxComputeWorkgroupStorageSize: 48 * 1024,
+  };
+  const rounding = (decode: "codegemm" | "int8", batches: Batch[]) => {
+    const options = {
+      gpu: { limits } as Gpu,
+      matrix,
+      profile: { version: 0, decode },
+      input: { stride: matrix.k, offset: 0 },
+    };
+    const variant = { ...defaultVariant(false), batches };
+    return decodeProgram(options, variant, { store: "store", vector: true }).rounding;
+  };
+  // By it, remembered choices of kernels are forgotten when the rounding changes.
+  assertStringIncludes(rounding("int8", [1, 4])!, "fn pack_int8(");
+  assertEquals(rounding("int8", [1, 2]), null);
+  assertEquals(rounding("codegemm", [1, 4]), null);
 });
 
 Deno.test("rows run in the smallest batch that holds them, else in a large one that wastes least", () => {

@@ -8,7 +8,6 @@ import type { Gpu } from "../gpu.ts";
 import type { RowRange } from "../kernel.ts";
 import { bindGroup, type Uniforms } from "./binding.ts";
 import { INT8_MAX, INT8_STEP, int8Wgsl } from "./int8.ts";
-import { hasPackedDot } from "./code_words_wgsl.ts";
 import { INT8_WORD_K } from "./order.ts";
 import type { LinearOptions } from "./types.ts";
 import { HEADER_WGSL, times } from "./wgsl.ts";
@@ -55,13 +54,13 @@ export interface Int8RowsPlan {
 /**
  * Compiles and binds the rounding of a range's rows; the layer's input is bound as vectors of 4.
  *
- * @param groupK K of a group, a multiple of 16
+ * @param code {@linkcode int8RowsWgsl} of the matrix's groups
  * @throws FleetError `gpu`
  */
 export async function planInt8Rows(
   { gpu, label, matrix, step, input }: LinearOptions,
   rows: Int8Rows,
-  groupK: number,
+  code: string,
   range: RowRange,
   uniforms: Uniforms,
 ): Promise<Int8RowsPlan> {
@@ -69,7 +68,7 @@ export async function planInt8Rows(
   return {
     pipeline: await gpu.pipeline({
       label: `${label} rounding`,
-      code: int8RowsWgsl(groupK, hasPackedDot()),
+      code,
       bindings: BINDINGS,
     }),
     bindGroup: bindGroup(gpu, `${label} rounding`, BINDINGS, [
@@ -94,8 +93,14 @@ export function encodeInt8Rows(
   pass.dispatchWorkgroups(groups, rows);
 }
 
-/** A thread rounds 16 elements; those of a group tell each other the largest in workgroup memory. */
-function int8RowsWgsl(groupK: number, packed: boolean): string {
+/**
+ * The rounding's code: a thread rounds 16 elements; those of a group tell each other the largest in
+ * workgroup memory.
+ *
+ * @param groupK K of a group, 16, 32, 48 or 64
+ * @param packed whether `hasPackedDot`
+ */
+export function int8RowsWgsl(groupK: number, packed: boolean): string {
   const words = groupK / INT8_WORD_K;
   return /* wgsl */ `${HEADER_WGSL}
 @group(0) @binding(2) var<storage, read> x: array<vec4<f16>>;

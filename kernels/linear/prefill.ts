@@ -14,7 +14,7 @@ import {
   type Uniforms,
 } from "./binding.ts";
 import { hasPackedDot } from "./code_words_wgsl.ts";
-import { encodeInt8Rows, type Int8RowsPlan, planInt8Rows } from "./int8_rows.ts";
+import { encodeInt8Rows, type Int8RowsPlan, int8RowsWgsl, planInt8Rows } from "./int8_rows.ts";
 import { int8GroupK } from "./order.ts";
 import type { Output } from "./output_wgsl.ts";
 import type { PrefillCode, PrefillTile } from "./prefill_tile.ts";
@@ -157,7 +157,13 @@ export async function planPrefill(
     }));
   }
   const rounding = int8
-    ? await planInt8Rows(options, int8Rows!, int8GroupK(matrix), "prefill", uniforms)
+    ? await planInt8Rows(
+      options,
+      int8Rows!,
+      int8RowsWgsl(int8GroupK(matrix), hasPackedDot()),
+      "prefill",
+      uniforms,
+    )
     : null;
   return { kernels, splits, rounding, reduce, chunkRows, chunks };
 }
