@@ -129,7 +129,8 @@ export const NumericsProfile = z.object({
   version: z.number().int(),
   /**
    * The kernel family of decode rows of 8-bit codes; those of more bits always dequantize. `int8`
-   * rounds activations and centroids to eight bits.
+   * rounds activations and centroids to eight bits, and those of prefill rows too; codes whose groups
+   * do not fill words of integers, or whose codebooks are large, dequantize instead.
    */
   decode: z.enum(["codegemm", "dequantize", "int8"]),
 });

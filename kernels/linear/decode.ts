@@ -348,8 +348,7 @@ export function decodeCode(
   }
   if (family === "int8") {
     invariant(isVectorInput(options), "rows of a K of whole words begin at fours");
-    const shaped = (choice: DecodeChoice) =>
-      int8Kernel(format, order, batch, { ...variant, ...choice }, room);
+    const shaped = (choice: DecodeChoice) => int8Kernel(format, order, batch, choice, room);
     const made = sharedCode(
       options,
       shaped,

@@ -1,6 +1,7 @@
 /**
- * WGSL of how sums leave the dequantizing decode kernel: those of a split go to the scratch; where a
- * workgroup has all splits, they meet in workgroup memory and are stored or finished.
+ * WGSL of how sums leave the decode kernels of 8-bit codes that are dequantized or integers: those of a
+ * split go to the scratch; where a workgroup has all splits, they meet in workgroup memory and are
+ * stored or finished.
  *
  * @module
  */

@@ -1,5 +1,5 @@
 /**
- * Eight-bit integers for the `int8` decode family: how centroids and activations are rounded to them.
+ * Eight-bit integers for the kernel family `int8`: how centroids and activations are rounded to them.
  *
  * A group of K is what shares a scale of activations: `q = round(x * 127 / max|x|)`, ties to even. All
  * centroids of a matrix share one scale, rounded the same way when the matrix is loaded. Their products

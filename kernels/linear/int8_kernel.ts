@@ -18,7 +18,7 @@ import {
   type WorkgroupShare,
 } from "./dequantize_kernel.ts";
 import { type CodeOrder, familyOrder } from "./order.ts";
-import type { DecodeChoice, Variant } from "./variant.ts";
+import type { DecodeChoice } from "./variant.ts";
 import type { Batch } from "./wgsl.ts";
 
 /** One kernel. Nothing but format and order decides a bit of its result. */
@@ -90,7 +90,7 @@ export function int8Kernel(
   format: CodeGemmFormat,
   order: CodeOrder,
   batch: Batch,
-  choice: DecodeChoice & Pick<Variant, "unroll">,
+  choice: DecodeChoice,
   room: KernelRoom,
 ): Int8Kernel | null {
   const int8Order = familyOrder(order, "int8");

@@ -18,7 +18,7 @@ const GPU_VARIANT = defaultVariant(false);
 function* kernels(): Generator<{ kernel: Int8Kernel; members: number[]; room: number }> {
   const formats = ["m1v4g128", "m2v8g128", "m2v4g128", "m1v8g64", "m1v32g128"];
   for (const { format, order, batch, limits, members, room, name } of decodeCases(formats)) {
-    const kernel = int8Kernel(format, order, batch, GPU_VARIANT, limits);
+    const kernel = int8Kernel(format, order, batch, {}, limits);
     assert(kernel !== null, `${name} have a kernel`);
     yield { kernel, members, room };
   }

@@ -15,8 +15,8 @@ export interface DecodeChoice {
    * K that a CodeGEMM decode kernel takes at a turn. Compilers that reassociate sums (Mesa's do) may
    * round straight code of another length differently: autotuning compares the bits.
    *
-   * By default 64, what suits the batch where codes are dequantized, and all of a unit where Psumbooks
-   * are made.
+   * By default 64, what suits the batch where codes are dequantized, a group of integers, and all of a
+   * unit where Psumbooks are made.
    */
   turnK?: number;
   /** Rows of N that a thread of a CodeGEMM decode kernel holds; by default what suits the matrix. */
@@ -37,7 +37,10 @@ export interface Variant {
   /** Decode kernels of CodeGEMM matrices: all of them, and those of one batch beside or instead. */
   decode?: DecodeChoice;
   byBatch?: Readonly<Partial<Record<Batch, DecodeChoice>>>;
-  /** Straight code in place of loops: faster on a GPU, many seconds to compile for a CPU. */
+  /**
+   * Straight code in place of loops: faster on a GPU, many seconds to compile for a CPU. Decode kernels
+   * of integers are straight either way.
+   */
   unroll: boolean;
   /** Rows of N that a thread of a dense decode kernel holds, at least; of many rows it holds two. */
   denseRowsPerThread: 1 | 2 | 4;
@@ -86,8 +89,8 @@ export function defaultVariant(software: boolean): Variant {
 
 /**
  * The kernel family of a matrix's decode rows. Codes of more than 8 bits always dequantize: they have
- * more centroids than there are rows of N to use their Psumbooks, and none fits workgroup memory. So
- * do codes whose groups do not fill words of integers.
+ * more centroids than there are rows of N to use their Psumbooks, and none fits workgroup memory. In
+ * place of `int8` so do codes whose groups do not fill words of integers, or whose codebooks are large.
  */
 export function decodeFamily(
   { format, order }: Pick<Matrix, "format" | "order">,
