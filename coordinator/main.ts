@@ -94,7 +94,7 @@ const COMMAND = {
       env: "CODEGEMM_DECODE",
       default: "auto",
       help:
-        "kernel family: codegemm, dequantize, or auto: the faster of them for the format; or int8, which rounds activations and centroids to eight bits: faster for several sequences at once, a little less exact",
+        "kernel family: codegemm, dequantize, or auto: the faster of them for the format; or int8, which rounds activations and centroids to eight bits: faster, a little less exact",
     },
   },
 } as const;
