@@ -18,13 +18,7 @@ import { codeKernelFits, turnPositions } from "./code_kernel.ts";
 import { codeKernelWgsl } from "./code_wgsl.ts";
 import { hasPackedDot } from "./code_words_wgsl.ts";
 import { denseKernelBytes, denseKernelWgsl } from "./dense_wgsl.ts";
-import {
-  dequantizeKernel,
-  holdsPairs,
-  holdsWholeSums,
-  shareColumns,
-  type WorkgroupShare,
-} from "./dequantize_kernel.ts";
+import { dequantizeKernel } from "./dequantize_kernel.ts";
 import { dequantizeKernelWgsl } from "./dequantize_wgsl.ts";
 import { int8Kernel } from "./int8_kernel.ts";
 import {
@@ -44,6 +38,12 @@ import type { LinearOptions, Matrix, PairFinish } from "./types.ts";
 import type { DecodeChoice, Variant } from "./variant.ts";
 import { choiceOf, codeThreads, decodeFamily, familyBatches, kernelFor } from "./variant.ts";
 import type { Batch, Target } from "./wgsl.ts";
+import {
+  holdsPairs,
+  holdsWholeSums,
+  shareColumns,
+  type WorkgroupShare,
+} from "./workgroup_share.ts";
 
 const CODE_BINDINGS = ["uniform", "uniform", "read", "read", "read", "read", "write"] as const;
 /** With rows as integers, and their scales last. */

@@ -6,10 +6,10 @@
 import { parseFormatName } from "../../shared/checkpoint/mod.ts";
 import { invariant } from "../../shared/errors.ts";
 import { type CodeGemmFormat, matrixFormat } from "../../shared/model_config.ts";
-import type { KernelRoom } from "./dequantize_kernel.ts";
 import { type CodeOrder, codeOrder, denseOrder } from "./order.ts";
 import type { Matrix } from "./types.ts";
 import { type Batch, BATCHES } from "./wgsl.ts";
+import { type KernelRoom } from "./workgroup_share.ts";
 
 /** Stacks of N, and K: Llama-3 70B's, 8B's, then small and uneven ones. */
 export const SHAPES: readonly [members: number[], k: number][] = [

@@ -3,16 +3,7 @@ import { seededRandom } from "../../shared/random.ts";
 import type { Gpu } from "../gpu.ts";
 import { withGpu } from "../gpu_fixture.ts";
 import { decodeCases, formatOf, ROOMS } from "./decode_fixture.ts";
-import {
-  dequantizeBytes,
-  type DequantizeKernel,
-  dequantizeKernel,
-  holdsPairs,
-  holdsWholeSums,
-  shareColumns,
-  shareThreads,
-  splitPositions,
-} from "./dequantize_kernel.ts";
+import { dequantizeBytes, type DequantizeKernel, dequantizeKernel } from "./dequantize_kernel.ts";
 import { loadMatrix, loadStack } from "./matrix.ts";
 import { codeOrder, roundUp } from "./order.ts";
 import { randomTensors } from "./random_tensors.ts";
@@ -21,6 +12,13 @@ import { bitsOf, randomActivations, runLinear, stepShape } from "./rig.ts";
 import type { MatrixShape } from "./types.ts";
 import { type DecodeChoice, defaultVariant } from "./variant.ts";
 import { type Batch, BATCHES } from "./wgsl.ts";
+import {
+  holdsPairs,
+  holdsWholeSums,
+  shareColumns,
+  shareThreads,
+  splitPositions,
+} from "./workgroup_share.ts";
 
 const GPU_VARIANT = defaultVariant(false);
 

@@ -19,8 +19,8 @@
  */
 import { codesPerWord } from "../../shared/model_config.ts";
 import { codeIndex } from "./code_words_wgsl.ts";
-import { type DequantizeKernel, shareThreads, splitPositions } from "./dequantize_kernel.ts";
-import { leaveWgsl, sumsWgsl } from "./dequantize_sums_wgsl.ts";
+import { type DequantizeKernel } from "./dequantize_kernel.ts";
+import { leaveWgsl, sumsWgsl } from "./share_sums_wgsl.ts";
 import { FLOAT16_PAIR_K } from "./order.ts";
 import { type Output, outputWgsl } from "./output_wgsl.ts";
 import {
@@ -33,6 +33,7 @@ import {
   wordOf,
 } from "./thread_rows_wgsl.ts";
 import { batchRowsWgsl, HEADER_WGSL, times } from "./wgsl.ts";
+import { shareThreads, splitPositions } from "./workgroup_share.ts";
 
 const OUTPUT_BINDING = 6;
 

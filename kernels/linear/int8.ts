@@ -37,13 +37,13 @@ function roundEven(value: number): number {
 }
 
 /**
- * WGSL of `dot_int8(a, b)`, the sum of the products of four integers of two words, and of
- * `pack_int8(values)`, which rounds four to one word.
+ * WGSL of `dot_int8(a, b)`, the sum of the products of four integers of two words, of
+ * `pack_int8(values)`, which rounds four to one word, and of `largest_int8`, which needs `f16`.
  *
  * @param packed whether `hasPackedDot`; the same integers either way
  */
 export function int8Wgsl(packed: boolean): string {
-  return packed
+  return LARGEST_WGSL + (packed
     ? /* wgsl */ `
 fn dot_int8(a: u32, b: u32) -> i32 { return dot4I8Packed(a, b); }
 fn pack_int8(values: vec4<f32>) -> u32 { return pack4xI8(vec4<i32>(round(values))); }
@@ -57,8 +57,23 @@ fn pack_int8(values: vec4<f32>) -> u32 {
   let bytes = vec4<u32>(vec4<i32>(round(values))) & vec4<u32>(255u);
   return bytes.x | (bytes.y << 8u) | (bytes.z << 16u) | (bytes.w << 24u);
 }
-`;
+`);
 }
+
+/**
+ * `largest_int8(a, b, c, d)`: the bits of the largest magnitude, as a float32. Bits rise with the
+ * number and are largest of NaN, which `max` might drop: so what is not a number makes its group's
+ * scale none either, and shows in every output of its row.
+ */
+const LARGEST_WGSL = /* wgsl */ `
+fn magnitudes(values: vec4<f16>) -> vec4<u32> {
+  return bitcast<vec4<u32>>(vec4<f32>(values)) & vec4<u32>(0x7fffffffu);
+}
+fn largest_int8(a: vec4<f16>, b: vec4<f16>, c: vec4<f16>, d: vec4<f16>) -> u32 {
+  let most = max(max(magnitudes(a), magnitudes(b)), max(magnitudes(c), magnitudes(d)));
+  return max(max(most.x, most.y), max(most.z, most.w));
+}
+`;
 
 /**
  * How a kernel turns a sum of products into float32. Converting takes a slow instruction: a sum that

@@ -5,10 +5,14 @@
  */
 import type { CodeGemmFormat } from "../../shared/model_config.ts";
 import { hasPackedDot } from "./code_words_wgsl.ts";
+import { type CodeOrder, familyOrder } from "./order.ts";
+import type { DecodeChoice } from "./variant.ts";
+import type { Batch } from "./wgsl.ts";
 import {
   type KernelRoom,
   lanesOf,
   MIN_LANES,
+  SHARED_BYTES,
   shareThreads,
   SPLIT_BATCH,
   splitPositions,
@@ -16,10 +20,7 @@ import {
   turnPositions,
   wholeShape,
   type WorkgroupShare,
-} from "./dequantize_kernel.ts";
-import { type CodeOrder, familyOrder } from "./order.ts";
-import type { DecodeChoice } from "./variant.ts";
-import type { Batch } from "./wgsl.ts";
+} from "./workgroup_share.ts";
 
 /** One kernel. Nothing but format and order decides a bit of its result. */
 export interface Int8Kernel extends WorkgroupShare {
@@ -54,11 +55,8 @@ const MOST_ROUNDS = 3;
 /** Threads of a workgroup that takes a split, and K whose activations it holds. */
 const SPLIT_THREADS = 128;
 const SPLIT_LOCAL_K = 512;
-/**
- * Workgroup memory that an H200's multiprocessor has for all workgroups on it together: those that take
- * a split run two at a time at least.
- */
-const SHARED_BYTES = 48 * 1024;
+/** Workgroups that take a split run two at a time at least. */
+const SPLIT_BYTES = SHARED_BYTES / 2;
 
 /** Workgroup memory of a kernel, bytes. */
 export function int8Bytes(kernel: Int8Kernel): number {
@@ -119,7 +117,7 @@ export function int8Kernel(
   const threads = Math.min(choice.codeThreads ?? SPLIT_THREADS, room.maxThreads);
   const share = { splits: 1, rowsPerThread, lanes: lanesOf(room, rowsPerThread, threads) };
   const turns = Math.max(1, Math.floor(SPLIT_LOCAL_K / (kernel.turnPositions * format.v)));
-  const most = { bytes: SHARED_BYTES / 2, copies: FEW_COPIES, turns };
+  const most = { bytes: SPLIT_BYTES, copies: FEW_COPIES, turns };
   return fit({ ...kernel, ...share, rounded: true }, most, room);
 }
 

@@ -2,7 +2,6 @@ import { assert, assertAlmostEquals, assertEquals } from "@std/assert";
 import type { Gpu } from "../gpu.ts";
 import { withGpu } from "../gpu_fixture.ts";
 import { decodeCases, formatOf, ROOMS } from "./decode_fixture.ts";
-import { holdsPairs, shareColumns, shareThreads } from "./dequantize_kernel.ts";
 import { int8Bytes, type Int8Kernel, int8Kernel, splitTurns } from "./int8_kernel.ts";
 import { loadMatrix, loadStack } from "./matrix.ts";
 import { codeOrder, roundUp } from "./order.ts";
@@ -12,6 +11,7 @@ import { bitsOf, randomActivations, runLinear, stepShape } from "./rig.ts";
 import type { MatrixShape } from "./types.ts";
 import { type DecodeChoice, defaultVariant } from "./variant.ts";
 import type { Batch } from "./wgsl.ts";
+import { holdsPairs, shareColumns, shareThreads } from "./workgroup_share.ts";
 
 const GPU_VARIANT = defaultVariant(false);
 
@@ -126,6 +126,19 @@ Deno.test("int8 rows have the same bits in every batch, and those of the referen
         const y = await decode(gpu, { shape, name, batch, x });
         assertEquals(new Uint32Array(y.buffer), new Uint32Array(alone.buffer), `${name} x${batch}`);
       }
+    }
+  }, "adapter"));
+
+Deno.test("what is not a number shows in every output of its row, and in no other's", () =>
+  withGpu(async (gpu) => {
+    const shape: MatrixShape = [36, 256];
+    const x = randomActivations(3 * shape[1], 4);
+    x[shape[1] + 100] = NaN;
+    for (const batch of [1, 4] as const) {
+      const y = await decode(gpu, { shape, name: "m1v4g128", batch, x });
+      y.forEach((value, i) => {
+        assertEquals(Number.isNaN(value), Math.floor(i / shape[0]) === 1, `output ${i}, x${batch}`);
+      });
     }
   }, "adapter"));
 

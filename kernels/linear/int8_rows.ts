@@ -6,7 +6,8 @@
  */
 import type { Gpu } from "../gpu.ts";
 import type { RowRange } from "../kernel.ts";
-import { bindGroup, type Uniforms } from "./binding.ts";
+import { invariant } from "../../shared/errors.ts";
+import { bindGroup, isVectorInput, type Uniforms } from "./binding.ts";
 import { INT8_MAX, INT8_STEP, int8Wgsl } from "./int8.ts";
 import { INT8_WORD_K } from "./order.ts";
 import type { LinearOptions } from "./types.ts";
@@ -64,6 +65,7 @@ export async function planInt8Rows(
   range: RowRange,
   uniforms: Uniforms,
 ): Promise<Int8RowsPlan> {
+  invariant(isVectorInput({ input, matrix }), `rows of ${label} begin at fours`);
   const params = uniforms.add(matrix.blocks[0], { row_base: 0, row_cap: 0, range });
   return {
     pipeline: await gpu.pipeline({
@@ -107,7 +109,7 @@ export function int8RowsWgsl(groupK: number, packed: boolean): string {
 @group(0) @binding(3) var<storage, read_write> values: array<vec4<u32>>;
 @group(0) @binding(4) var<storage, read_write> scales: array<f32>;
 ${int8Wgsl(packed)}
-var<workgroup> largests: array<f32, ${THREADS}>;
+var<workgroup> largests: array<u32, ${THREADS}>;
 
 @compute @workgroup_size(${THREADS})
 fn main(
@@ -119,12 +121,12 @@ fn main(
   let word = workgroup.x * ${THREADS}u + lane;
   let at = (params.x_offset + row * params.x_stride) / 4u + min(word, words - 1u) * 4u;
 ${times(4, (q) => `  let x${q} = x[at + ${q}u];`)}
-  let most = max(max(abs(x0), abs(x1)), max(abs(x2), abs(x3)));
-  largests[lane] = f32(max(max(most.x, most.y), max(most.z, most.w)));
+  largests[lane] = largest_int8(x0, x1, x2, x3);
   workgroupBarrier();
   let group = lane - lane % ${words}u;
-  var largest = 0.0;
-${times(words, (i) => `  largest = max(largest, largests[group + ${i}u]);`)}
+  var bits = 0u;
+${times(words, (i) => `  bits = max(bits, largests[group + ${i}u]);`)}
+  let largest = bitcast<f32>(bits);
   if (word >= words || workgroup.y >= range_rows()) { return; }
   let inverse = select(0.0, ${INT8_MAX}.0 / largest, largest > 0.0);
   values[row * words + word] = vec4<u32>(${

@@ -59,7 +59,7 @@ Deno.test("WGSL without packed dot products makes the same integers, and so does
       const bindings = ["read", "write"] as const;
       const pipeline = await gpu.pipeline({
         label: "int8",
-        code: `${int8Wgsl(packed)}
+        code: `enable f16;${int8Wgsl(packed)}
 @group(0) @binding(0) var<storage, read> x: array<vec4<f32>>;
 @group(0) @binding(1) var<storage, read_write> y: array<vec2<u32>>;
 @compute @workgroup_size(64) fn main(@builtin(global_invocation_id) id: vec3<u32>) {

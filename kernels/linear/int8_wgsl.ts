@@ -14,8 +14,7 @@
  */
 import { codesPerWord } from "../../shared/model_config.ts";
 import { codeIndex } from "./code_words_wgsl.ts";
-import { shareThreads, splitPositions } from "./dequantize_kernel.ts";
-import { leaveWgsl, sumsWgsl } from "./dequantize_sums_wgsl.ts";
+import { leaveWgsl, sumsWgsl } from "./share_sums_wgsl.ts";
 import { INT8_MAX, INT8_STEP, int8Sum, int8Wgsl } from "./int8.ts";
 import { inputWords, type Int8Kernel, splitTurns } from "./int8_kernel.ts";
 import { familyOrder, INT8_WORD_K } from "./order.ts";
@@ -29,6 +28,7 @@ import {
   wordOf,
 } from "./thread_rows_wgsl.ts";
 import { HEADER_WGSL, times } from "./wgsl.ts";
+import { shareThreads, splitPositions } from "./workgroup_share.ts";
 
 const OUTPUT_BINDING = 6;
 
@@ -160,25 +160,22 @@ function roundInputs(kernel: Int8Kernel): string {
       }u + chunk + slot${j} % ${inputTurns}u) * ${turnPositions * v / 4}u
       + at${j} % ${words.turn}u * 4u;
 ${times(4, (q) => `    let values${j}_${q} = x[from${j} + ${q}u];`)}
-    let most${j} = max(max(abs(values${j}_0), abs(values${j}_1)), max(abs(values${j}_2), abs(values${j}_3)));
-    ${mine(j)}{
-      let largest = f32(max(max(most${j}.x, most${j}.y), max(most${j}.z, most${j}.w)));
-      inputs[slot${j}][at${j}] = vec4<u32>(bitcast<u32>(largest), 0u, 0u, 0u);
-    }`
+    let bits${j} = largest_int8(values${j}_0, values${j}_1, values${j}_2, values${j}_3);
+    ${mine(j)}{ inputs[slot${j}][at${j}] = vec4<u32>(bits${j}, 0u, 0u, 0u); }`
     )
   }
     workgroupBarrier();
 ${
     each((j) =>
       `    let group${j} = at${j} - at${j} % ${groupWords}u;
-    var largest${j} = 0.0;
+    var most${j} = 0u;
 ${
         times(
           groupWords,
-          (i) =>
-            `    largest${j} = max(largest${j}, bitcast<f32>(inputs[slot${j}][group${j} + ${i}u].x));`,
+          (i) => `    most${j} = max(most${j}, inputs[slot${j}][group${j} + ${i}u].x);`,
         )
       }
+    let largest${j} = bitcast<f32>(most${j});
     let inverse${j} = select(0.0, ${INT8_MAX}.0 / largest${j}, largest${j} > 0.0);`
     )
   }

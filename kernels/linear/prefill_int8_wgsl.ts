@@ -22,7 +22,7 @@ import { itemPositions, type PrefillCode, threadGrid } from "./prefill_tile.ts";
 import { times } from "./wgsl.ts";
 
 /** The activations of an int8 kernel, and the scales of their groups times that of the centroids. */
-export function int8Rows(frame: PrefillFrame): RowSource {
+export function int8RowSource(frame: PrefillFrame): RowSource {
   const { kernel: { tile }, k, pieces: { row, type }, buffers, tail } = frame;
   const words = `params.k / ${INT8_WORD_K}u`;
   const groups = `params.k / ${k.groupK}u`;

@@ -19,7 +19,7 @@ import {
   viewRow,
 } from "./prefill_frame.ts";
 import type { RowSource, TileCopy, TileLoad, WeightSource } from "./prefill_frame.ts";
-import { int8Rows, int8Weights } from "./prefill_int8_wgsl.ts";
+import { int8RowSource, int8Weights } from "./prefill_int8_wgsl.ts";
 import {
   type PrefillCode,
   prefillThreads,
@@ -96,7 +96,7 @@ function sources(
   frame: PrefillFrame,
   code: PrefillCode | null,
 ): { rows: RowSource; weights: WeightSource } {
-  if (code?.int8Positions) return { rows: int8Rows(frame), weights: int8Weights(frame, code) };
+  if (code?.int8Positions) return { rows: int8RowSource(frame), weights: int8Weights(frame, code) };
   const weights = code === null ? denseWeights(frame) : codeWeights(frame, code);
   return { rows: float16Rows(frame), weights };
 }

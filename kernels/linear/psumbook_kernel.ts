@@ -10,11 +10,11 @@
 import type { CodeGemmFormat } from "../../shared/model_config.ts";
 import { turnPositions } from "./code_kernel.ts";
 import { hasPackedDot } from "./code_words_wgsl.ts";
-import type { KernelRoom } from "./dequantize_kernel.ts";
 import type { CodeOrder } from "./order.ts";
 import { gcd, psumbookColumns, roundUp } from "./order.ts";
 import type { DecodeChoice } from "./variant.ts";
 import type { Batch } from "./wgsl.ts";
+import { type KernelRoom } from "./workgroup_share.ts";
 
 /** One kernel. Nothing but format and order decides a bit of its result. */
 export interface PsumbookKernel {

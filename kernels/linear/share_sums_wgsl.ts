@@ -5,10 +5,10 @@
  *
  * @module
  */
-import { holdsWholeSums, shareColumns, type WorkgroupShare } from "./dequantize_kernel.ts";
 import type { Output } from "./output_wgsl.ts";
 import type { PairFinish } from "./types.ts";
 import { times } from "./wgsl.ts";
+import { holdsWholeSums, shareColumns, type WorkgroupShare } from "./workgroup_share.ts";
 
 /** The sums of each split of a workgroup, by fours of N, where they meet. */
 export function sumsWgsl(kernel: WorkgroupShare): string {
