@@ -4,7 +4,16 @@
  * @module
  */
 import type { FleetSnapshot, StageSnapshot, WorkerSnapshot } from "../coordinator/snapshot.ts";
-import { ago, bytes, count, layers, ms, percent, rate } from "../coordinator/monitor/format.js";
+import {
+  ago,
+  bytes,
+  count,
+  layers,
+  modelLine,
+  ms,
+  percent,
+  rate,
+} from "../coordinator/monitor/format.js";
 
 /** How to draw. */
 export interface ViewOptions {
@@ -43,7 +52,7 @@ export function monitorView(snapshot: FleetSnapshot, options: ViewOptions): stri
     options.color ? `\x1b[${code}m${text}\x1b[0m` : text;
   const fit = (line: string) => clip(printable(line), options.columns);
   const lines = [
-    paint(1, fit(`${model.id} · ${model.layers} layers · ${model.format} · ${bytes(model.bytes)}`)),
+    paint(1, fit(modelLine(model))),
     paint(STATE_COLORS[snapshot.state], fit(`${snapshot.state}: ${snapshot.note}`)),
     fit(loadLine(load)),
   ];

@@ -152,12 +152,13 @@ export class Fleet implements Engine {
   }
 
   snapshot(): FleetSnapshot {
-    const { clock, model } = this.#options;
+    const { clock, model, profile } = this.#options;
     const nowMs = clock.nowMs();
     return fleetSnapshot({
       nowMs,
       nowUnixMs: clock.unixMs(),
       model,
+      profile,
       state: this.#state(),
       note: this.#note,
       roster: this.#roster,

@@ -3,6 +3,7 @@
  *
  * @module
  */
+import type { NumericsProfile } from "../shared/protocol.ts";
 import type { LoadProgress } from "./assignment.ts";
 import type { FleetModel } from "./fleet_options.ts";
 import type { Member } from "./membership.ts";
@@ -17,6 +18,7 @@ export interface SnapshotParts {
   nowMs: number;
   nowUnixMs: number;
   model: FleetModel;
+  profile: NumericsProfile;
   state: FleetSnapshot["state"];
   note: string;
   roster: Roster;
@@ -44,6 +46,7 @@ export function fleetSnapshot(parts: SnapshotParts): FleetSnapshot {
       layers: model.config.layers,
       bytes: model.parts.reduce((sum, { bytes }) => sum + bytes, 0),
       format: model.format,
+      decode: model.config.codegemm && parts.profile.decode,
     },
     nowUnixMs: parts.nowUnixMs,
     state: parts.state,

@@ -72,7 +72,14 @@ export interface FleetEvent {
 
 /** The fleet at one moment. */
 export interface FleetSnapshot {
-  model: { id: string; layers: number; bytes: number; format: string };
+  model: {
+    id: string;
+    layers: number;
+    bytes: number;
+    format: string;
+    /** The kernel family of 8-bit codes; null where nothing is quantized. */
+    decode: string | null;
+  };
   nowUnixMs: number;
   /** `waiting`: no plan; `loading`: weights on their way; `serving`; `failed`. */
   state: "waiting" | "loading" | "serving" | "failed";

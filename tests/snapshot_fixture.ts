@@ -44,7 +44,13 @@ export function snapshotFixture(options: FixtureOptions = {}): FleetSnapshot {
     stages.reduce((total, stage) => total + of(stage), 0);
   const rate = measured ? 38 + 4 * random() : 0;
   return {
-    model: { id: "llama-3-70b-m1v4g128", layers: LAYERS, bytes: 22.4e9, format: "m1v4g128" },
+    model: {
+      id: "llama-3-70b-m1v4g128",
+      layers: LAYERS,
+      bytes: 22.4e9,
+      format: "m1v4g128",
+      decode: "dequantize",
+    },
     nowUnixMs,
     state,
     note: {

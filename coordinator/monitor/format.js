@@ -101,3 +101,14 @@ export function layers({ from, to, first, last }) {
   if (last) parts.push("head");
   return parts.join(" · ");
 }
+
+/**
+ * The model in a line: its name, its layers, its codes and the kernels that multiply them, its size.
+ *
+ * @param {{ id: string, layers: number, bytes: number, format: string, decode: string | null }} model
+ * @returns {string}
+ */
+export function modelLine(model) {
+  const codes = model.decode === null ? model.format : `${model.format}, ${model.decode}`;
+  return `${model.id} · ${plural(model.layers, "layer")} · ${codes} · ${bytes(model.bytes)}`;
+}

@@ -1,5 +1,5 @@
 import { assertEquals } from "@std/assert";
-import { ago, bytes, layers, ms, percent, plural, rate } from "./format.js";
+import { ago, bytes, layers, modelLine, ms, percent, plural, rate } from "./format.js";
 
 Deno.test("numbers have about three digits and a unit", () => {
   assertEquals(
@@ -27,6 +27,19 @@ Deno.test("numbers have about three digits and a unit", () => {
     "2 h ago",
     "2 d ago",
   ]);
+});
+
+Deno.test("a model is told with its codes and the kernels that multiply them, if it has codes", () => {
+  const model = {
+    id: "llama",
+    layers: 80,
+    bytes: 22 * 2 ** 30,
+    format: "m1v4g128",
+    decode: "int8",
+  };
+  assertEquals(modelLine(model), "llama · 80 layers · m1v4g128, int8 · 22.0 GiB");
+  const dense = { ...model, layers: 1, format: "float16", decode: null };
+  assertEquals(modelLine(dense), "llama · 1 layer · float16 · 22.0 GiB");
 });
 
 Deno.test("a stage is named by what it holds", () => {

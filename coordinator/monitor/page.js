@@ -5,7 +5,7 @@
  */
 import { createTiles, eventItem, GLOSSARY, h, spareItem } from "./cards.js";
 import { eventPayloads } from "./event_stream.js";
-import { bytes } from "./format.js";
+import { modelLine } from "./format.js";
 import { createPipeline } from "./pipeline.js";
 
 /** The coordinator sends at least every second; a link that is silent for longer is dead. */
@@ -25,9 +25,7 @@ for (const [term, meaning] of Object.entries(GLOSSARY)) {
 /** Draws a snapshot. */
 function show(snapshot) {
   const { model, state, note, plan, workers, events, nowUnixMs } = snapshot;
-  at("model").textContent = `${model.id} · ${model.layers} layers · ${model.format} · ${
-    bytes(model.bytes)
-  }`;
+  at("model").textContent = modelLine(model);
   const banner = at("state");
   banner.hidden = false;
   banner.dataset.state = state;
