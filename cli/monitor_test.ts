@@ -37,6 +37,13 @@ Deno.test("every state can be drawn, in any terminal, within its size", () => {
   }
 });
 
+Deno.test("frames that were dropped are counted, the coordinator's and every worker's", () => {
+  const snapshot = snapshotFixture({ stages: 2 });
+  snapshot.dropped = { "old-epoch": 1 };
+  snapshot.workers.forEach((worker, i) => worker.dropped = i === 0 ? { duplicate: 3, gap: 2 } : {});
+  assertStringIncludes(monitorView(snapshot, wide), "6 frames dropped");
+});
+
 Deno.test("a loading stage shows how far it is", () => {
   const snapshot = snapshotFixture({ state: "loading", stages: 2 });
   snapshot.workers[0].progress = { doneBytes: 1, totalBytes: 4 };

@@ -8,10 +8,12 @@ import {
   ago,
   bytes,
   count,
+  droppedFrames,
   layers,
   modelLine,
   ms,
   percent,
+  plural,
   rate,
 } from "../coordinator/monitor/format.js";
 
@@ -47,14 +49,14 @@ const WORDS = 3;
 
 /** The whole picture. Names from the fleet cannot steer the terminal. */
 export function monitorView(snapshot: FleetSnapshot, options: ViewOptions): string {
-  const { model, plan, workers, load } = snapshot;
+  const { model, plan, workers } = snapshot;
   const paint = (code: number, text: string) =>
     options.color ? `\x1b[${code}m${text}\x1b[0m` : text;
   const fit = (line: string) => clip(printable(line), options.columns);
   const lines = [
     paint(1, fit(modelLine(model))),
     paint(STATE_COLORS[snapshot.state], fit(`${snapshot.state}: ${snapshot.note}`)),
-    fit(loadLine(load)),
+    fit(loadLine(snapshot)),
   ];
   if (plan) {
     lines.push(fit(planLine(plan)), "");
@@ -74,7 +76,8 @@ export function monitorView(snapshot: FleetSnapshot, options: ViewOptions): stri
   return lines.slice(0, options.rows).join("\n");
 }
 
-function loadLine(load: FleetSnapshot["load"]): string {
+function loadLine(snapshot: FleetSnapshot): string {
+  const { load } = snapshot;
   return [
     `${rate(load.tokensPerSecond)} tokens/s`,
     `${count(load.running)} running`,
@@ -84,6 +87,7 @@ function loadLine(load: FleetSnapshot["load"]): string {
     `${count(load.tokensTotal)} tokens and ${count(load.sequencesTotal)} sequences so far`,
     `${count(load.preemptionsTotal)} preemptions`,
     `${count(load.reissuesTotal)} reissues`,
+    `${plural(droppedFrames(snapshot), "frame")} dropped`,
   ].join(" · ");
 }
 

@@ -4,7 +4,7 @@
  *
  * @module
  */
-import { ago, bytes, count, layers, ms, percent, plural, rate } from "./format.js";
+import { ago, bytes, count, droppedFrames, layers, ms, percent, plural, rate } from "./format.js";
 
 /** What each number means: the glossary at the foot of the page, and a tooltip where it is shown. */
 export const GLOSSARY = {
@@ -18,7 +18,7 @@ export const GLOSSARY = {
     "Memory for what the running sequences have read and written so far, in pages of 32 tokens. When they run out, the youngest sequence waits and is replayed later.",
   "Since start": "Tokens drawn and sequences admitted since the coordinator started.",
   "Made good":
-    "Reissues: steps sent again because a frame was lost or late. Preemptions: sequences that had to wait for pages. No token is lost by either.",
+    "Reissues: steps sent again because a frame was lost or late. Preemptions: sequences that had to wait for pages. Dropped: frames and messages that came doubled, late or malformed. No token is lost by any.",
   "Stage": "A run of consecutive layers on one worker; the stages in order are the whole model.",
   "Memory": "What the stage takes of the GPU memory the worker offers: weights, pages, scratch.",
   "GPU busy": "Share of the last seconds in which the stage's GPU was computing.",
@@ -129,7 +129,8 @@ export function createTiles(container) {
   pages.element.append(pagesBar.element);
   const since = tile("Since start");
   const good = tile("Made good");
-  return function update({ load, plan }) {
+  return function update(snapshot) {
+    const { load, plan } = snapshot;
     const predicted = plan
       ? `${rate(plan.predictedTokensPerSecond)} predicted when full`
       : "no plan";
@@ -147,7 +148,9 @@ export function createTiles(container) {
     since.set(count(load.tokensTotal), `tokens, ${plural(load.sequencesTotal, "sequence")}`);
     good.set(
       `${count(load.reissuesTotal)} reissues`,
-      `${count(load.preemptionsTotal)} preemptions`,
+      `${count(load.preemptionsTotal)} preemptions, ${
+        plural(droppedFrames(snapshot), "frame")
+      } dropped`,
     );
   };
 }

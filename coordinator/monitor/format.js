@@ -112,3 +112,15 @@ export function modelLine(model) {
   const codes = model.decode === null ? model.format : `${model.format}, ${model.decode}`;
   return `${model.id} · ${plural(model.layers, "layer")} · ${codes} · ${bytes(model.bytes)}`;
 }
+
+/**
+ * Frames and messages that were not taken, by the coordinator or by a worker.
+ *
+ * @param {{ dropped: Record<string, number>, workers: { dropped: Record<string, number> }[] }} snapshot
+ * @returns {number}
+ */
+export function droppedFrames({ dropped, workers }) {
+  return [{ dropped }, ...workers]
+    .flatMap((each) => Object.values(each.dropped))
+    .reduce((sum, frames) => sum + frames, 0);
+}
