@@ -23,6 +23,7 @@ import { parseFormatName } from "../shared/checkpoint/mod.ts";
 import { FleetError } from "../shared/errors.ts";
 import { parseFlags, runCommand } from "../shared/flags.ts";
 import type { CodeGemmFormat } from "../shared/model_config.ts";
+import type { NumericsProfile } from "../shared/protocol.ts";
 import { printTiles, type TileTime, timeTiles } from "./prefill_tiles.ts";
 import { benchTransformer, type TransformerMeasurement } from "./transformer_kernels.ts";
 
@@ -65,6 +66,18 @@ type Family = typeof FAMILIES[number];
 
 function isPrefill(family: Family): boolean {
   return family === "prefill" || family === "int8-prefill";
+}
+
+/** Dense has one family of decode kernels; codes of more than 8 bits the dequantizing one. */
+function runs(format: CodeGemmFormat | null, family: Family): boolean {
+  if (family === "prefill") return true;
+  return format === null ? family === "codegemm" : format.b <= 8 || family === "dequantize";
+}
+
+/** The family of the profile that a family of kernels is run with. */
+function decodeOf(family: Family): NumericsProfile["decode"] {
+  if (family === "prefill") return "codegemm";
+  return family === "int8-prefill" ? "int8" : family;
 }
 
 /** GPU work ahead of each figure. */
@@ -158,7 +171,7 @@ async function measure(
   const x = Float16Array.from({ length: rows * k }, (_, i) => Math.sin(i));
   const buffers = new TrialBuffers(gpu, copies[0], x);
   const shape = buffers.setRows(range, rows);
-  const decode = family === "int8-prefill" ? "int8" : family === "prefill" ? "codegemm" : family;
+  const decode = decodeOf(family);
   const label = `${n} x ${k} ${family}`;
   const linears: Linear[] = [];
   for (const matrix of copies) linears.push(await buffers.bind(matrix, { label, range, decode }));
@@ -227,6 +240,7 @@ async function tilesOfLayer(
   gpu: Gpu,
   matrices: BenchMatrix[],
   format: CodeGemmFormat | null,
+  family: Family,
   rowCounts: string,
 ): Promise<TileTime[]> {
   const timer = new PassTimer(gpu, TILE_BUSY_MS);
@@ -234,7 +248,7 @@ async function tilesOfLayer(
   for (const of of matrices) {
     const [matrix] = await makeCopies(gpu, of, format, 0);
     for (const rows of rowCounts.split(",").map(Number)) {
-      times.push(...await timeTiles(gpu, timer, matrix, rows));
+      times.push(...await timeTiles(gpu, timer, matrix, rows, decodeOf(family)));
     }
     matrix.destroy();
   }
@@ -295,18 +309,18 @@ async function main(): Promise<void> {
   for (const name of values.format.split(",")) {
     const format = parseFormat(name);
     if (values.tiles) {
-      tileTimes[name] = await tilesOfLayer(gpu, matrices, format, values["prefill-rows"]);
-      printTiles(name, tileTimes[name]);
+      for (const family of families.filter((family) => isPrefill(family) && runs(format, family))) {
+        const title = `${name}, ${family}`;
+        const times = await tilesOfLayer(gpu, matrices, format, family, values["prefill-rows"]);
+        tileTimes[title] = times;
+        printTiles(title, times);
+      }
       continue;
     }
     for (const matrix of matrices) {
       const copies = await makeCopies(gpu, matrix, format, cacheBytes);
       for (const family of families) {
-        // Dense has one family of decode kernels; codes of more than 8 bits the dequantizing one.
-        if (format === null && family !== "codegemm" && family !== "prefill") continue;
-        if (format !== null && format.b > 8 && family !== "dequantize" && family !== "prefill") {
-          continue;
-        }
+        if (!runs(format, family)) continue;
         const prefillCounts = values["prefill-rows"].split(",").map(Number);
         for (const rows of isPrefill(family) ? prefillCounts : rowCounts) {
           const microseconds = await measure(gpu, timer, copies, family, rows);

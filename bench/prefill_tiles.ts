@@ -7,6 +7,7 @@
 import type { Gpu } from "../kernels/gpu.ts";
 import {
   holdableTiles,
+  layerCodes,
   type Matrix,
   PREFILL_TILES,
   type PrefillTile,
@@ -14,6 +15,7 @@ import {
   TrialBuffers,
 } from "../kernels/linear/mod.ts";
 import type { PassTimer } from "../kernels/pass_timer.ts";
+import { type NumericsProfile, PROFILE_VERSION } from "../shared/protocol.ts";
 
 /** The time of one tile on one matrix. */
 export interface TileTime {
@@ -24,12 +26,17 @@ export interface TileTime {
   teraflops: number;
 }
 
-/** Times the candidates that an adapter can hold, without those that are mostly empty at these rows. */
+/**
+ * Times the candidates that an adapter can hold, without those that are mostly empty at these rows.
+ *
+ * @param decode prefill rows are multiplied in integers where decode rows are
+ */
 export async function timeTiles(
   gpu: Gpu,
   timer: PassTimer,
   matrix: Matrix,
   rows: number,
+  decode: NumericsProfile["decode"],
 ): Promise<TileTime[]> {
   const { n, k } = matrix;
   const x = Float16Array.from({ length: rows * k }, (_, i) => Math.sin(i));
@@ -39,7 +46,7 @@ export async function timeTiles(
     const linear = await buffers.bind(matrix, {
       label: tileName(tile),
       range: "prefill",
-      decode: "codegemm",
+      decode,
       variant: { prefillTiles: [tile] },
     });
     const microseconds = await timer.median((pass) => linear.encode(pass, shape, "prefill"));
@@ -48,7 +55,8 @@ export async function timeTiles(
   };
   const times: TileTime[] = [];
   const useful = PREFILL_TILES.filter((tile) => tile.rows < 2 * rows || tile.rows <= 8);
-  for (const tile of holdableTiles(gpu, matrix, useful)) {
+  const codes = layerCodes({ matrix, profile: { version: PROFILE_VERSION, decode } });
+  for (const tile of holdableTiles(gpu, matrix, useful, codes)) {
     const microseconds = await time(tile);
     const teraflops = 2 * n * k * rows / microseconds / 1e6;
     times.push({ matrix: matrix.name, tile: tileName(tile), rows, microseconds, teraflops });

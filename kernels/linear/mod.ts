@@ -10,7 +10,7 @@ export { createLinear } from "./linear.ts";
 export { isStackable, loadMatrix, loadStack, matrixBytes } from "./matrix.ts";
 export type { LoadOptions, StackMember } from "./matrix.ts";
 export { canStack } from "./order.ts";
-export { holdableTiles } from "./prefill.ts";
+export { holdableTiles, layerCodes } from "./prefill.ts";
 export { mostRows, PREFILL_TILES, type PrefillTile, tileName } from "./prefill_tile.ts";
 export { randomTensors } from "./random_tensors.ts";
 export { syntheticCodes, syntheticDense } from "./synthetic.ts";

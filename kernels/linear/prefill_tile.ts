@@ -68,10 +68,11 @@ export function mostRows({ upTo, rows }: PrefillTile): number {
   return upTo ?? rows;
 }
 
-/** `64x128 8x4 K32 b2`: a tile in a table. */
+/** `64x128 8x4 K32 b2`: a tile in a table; without K, where that is the usual one. */
 export function tileName(tile: PrefillTile): string {
-  return `${tile.rows}x${tile.columns} ${tile.patchRows}x${tile.patchColumns} ` +
-    `K${tile.depth ?? DEFAULT_DEPTH}${tile.buffers === 2 ? " b2" : ""}`;
+  const { rows, columns, patchRows, patchColumns, depth, buffers } = tile;
+  return `${rows}x${columns} ${patchRows}x${patchColumns}` +
+    (depth === undefined ? "" : ` K${depth}`) + (buffers === 2 ? " b2" : "");
 }
 
 /** The codes of a matrix, as far as a prefill kernel depends on them. */
