@@ -232,8 +232,8 @@ class LinearBinder {
   }
 
   get scratchBytes(): number {
-    const { values, scales } = this.#int8Rows ?? {};
-    return [this.#scratch, values, scales].reduce((sum, buffer) => sum + (buffer?.size ?? 0), 0);
+    const { values, largest } = this.#int8Rows ?? {};
+    return [this.#scratch, values, largest].reduce((sum, buffer) => sum + (buffer?.size ?? 0), 0);
   }
 
   async allocateScratch(layers: readonly Matrix[], projection: Matrix | null): Promise<void> {
@@ -334,6 +334,6 @@ class LinearBinder {
     this.#bound.splice(0).forEach((linear) => linear.destroy());
     this.#scratch?.destroy();
     this.#int8Rows?.values.destroy();
-    this.#int8Rows?.scales.destroy();
+    this.#int8Rows?.largest.destroy();
   }
 }

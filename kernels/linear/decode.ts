@@ -197,14 +197,14 @@ export async function planDecode(
           ...weights,
           ...target,
         ]);
-      const int8Into = ({ values, scales }: Int8Rows, target: GPUBuffer) =>
+      const int8Into = ({ values, largest }: Int8Rows, target: GPUBuffer) =>
         bindGroup(gpu, `${label} ${range}, int8`, INT8_BINDINGS, [
           step,
           params,
           values,
           ...weights,
           target,
-          scales,
+          largest,
         ]);
       return {
         inputs: {

@@ -8,7 +8,7 @@ import type { Gpu } from "../gpu.ts";
 import type { RowRange } from "../kernel.ts";
 import { invariant } from "../../shared/errors.ts";
 import { bindGroup, isVectorInput, type Uniforms } from "./binding.ts";
-import { INT8_MAX, INT8_STEP, int8Wgsl } from "./int8.ts";
+import { int8Wgsl } from "./int8.ts";
 import { INT8_WORD_K } from "./order.ts";
 import type { LinearOptions } from "./types.ts";
 import { HEADER_WGSL, times } from "./wgsl.ts";
@@ -20,8 +20,8 @@ import { HEADER_WGSL, times } from "./wgsl.ts";
 export interface Int8Rows {
   /** int8, row-major `(rows, K)`: `vec4<u32>` of 16 elements. */
   values: GPUBuffer;
-  /** float32, row-major `(rows, K / G)`. */
-  scales: GPUBuffer;
+  /** float32, row-major `(rows, K / G)`: of each group the largest magnitude. */
+  largest: GPUBuffer;
 }
 
 /** The least K of a group that any format has. */
@@ -31,8 +31,8 @@ const THREADS = 96;
 const BINDINGS = ["uniform", "uniform", "read", "write", "write"] as const;
 
 /** Bytes of the buffers for rows of up to `k` elements. */
-export function int8RowsBytes(k: number, rows: number): { values: number; scales: number } {
-  return { values: rows * k, scales: rows * k / LEAST_GROUP_K * 4 };
+export function int8RowsBytes(k: number, rows: number): { values: number; largest: number } {
+  return { values: rows * k, largest: rows * k / LEAST_GROUP_K * 4 };
 }
 
 /** Buffers for rows of up to `k` elements; one pair may serve all layers of a stage. */
@@ -40,7 +40,7 @@ export function createInt8Rows(gpu: Gpu, k: number, rows: number): Int8Rows {
   const bytes = int8RowsBytes(k, rows);
   return {
     values: gpu.storage("int8 rows", bytes.values),
-    scales: gpu.storage("scales of int8 rows", bytes.scales),
+    largest: gpu.storage("largest magnitudes of int8 rows", bytes.largest),
   };
 }
 
@@ -78,7 +78,7 @@ export async function planInt8Rows(
       params,
       input.buffer,
       rows.values,
-      rows.scales,
+      rows.largest,
     ]),
     groups: Math.ceil(matrix.k / INT8_WORD_K / THREADS),
   };
@@ -107,7 +107,7 @@ export function int8RowsWgsl(groupK: number, packed: boolean): string {
   return /* wgsl */ `${HEADER_WGSL}
 @group(0) @binding(2) var<storage, read> x: array<vec4<f16>>;
 @group(0) @binding(3) var<storage, read_write> values: array<vec4<u32>>;
-@group(0) @binding(4) var<storage, read_write> scales: array<f32>;
+@group(0) @binding(4) var<storage, read_write> x_largest: array<f32>;
 ${int8Wgsl(packed)}
 var<workgroup> largests: array<u32, ${THREADS}>;
 
@@ -128,11 +128,11 @@ ${times(4, (q) => `  let x${q} = x[at + ${q}u];`)}
 ${times(words, (i) => `  bits = max(bits, largests[group + ${i}u]);`)}
   let largest = bitcast<f32>(bits);
   if (word >= words || workgroup.y >= range_rows()) { return; }
-  let inverse = select(0.0, ${INT8_MAX}.0 / largest, largest > 0.0);
+  let inverse = inverse_int8(largest);
   values[row * words + word] = vec4<u32>(${
     [0, 1, 2, 3].map((q) => `pack_int8(vec4<f32>(x${q}) * inverse)`).join(", ")
   });
-  if (lane == group) { scales[(row * words + word) / ${words}u] = largest * ${INT8_STEP}; }
+  if (lane == group) { x_largest[(row * words + word) / ${words}u] = largest; }
 }
 `;
 }

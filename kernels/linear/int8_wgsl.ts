@@ -15,7 +15,7 @@
 import { codesPerWord } from "../../shared/model_config.ts";
 import { codeIndex } from "./code_words_wgsl.ts";
 import { leaveWgsl, sumsWgsl } from "./share_sums_wgsl.ts";
-import { INT8_MAX, INT8_STEP, int8Sum, int8Wgsl } from "./int8.ts";
+import { int8Sum, int8Wgsl } from "./int8.ts";
 import { inputWords, type Int8Kernel, splitTurns } from "./int8_kernel.ts";
 import { familyOrder, INT8_WORD_K } from "./order.ts";
 import { type Output, outputWgsl } from "./output_wgsl.ts";
@@ -57,7 +57,7 @@ ${
   }
 ${
     kernel.rounded
-      ? `@group(0) @binding(${OUTPUT_BINDING + 1}) var<storage, read> x_scales: array<f32>;`
+      ? `@group(0) @binding(${OUTPUT_BINDING + 1}) var<storage, read> x_largest: array<f32>;`
       : ""
   }
 ${int8Wgsl(kernel.packed)}
@@ -176,7 +176,7 @@ ${
         )
       }
     let largest${j} = bitcast<f32>(most${j});
-    let inverse${j} = select(0.0, ${INT8_MAX}.0 / largest${j}, largest${j} > 0.0);`
+    let inverse${j} = inverse_int8(largest${j});`
     )
   }
     workgroupBarrier();
@@ -187,7 +187,7 @@ ${
         [0, 1, 2, 3].map((q) => `pack_int8(vec4<f32>(values${j}_${q}) * inverse${j})`).join(", ")
       });
       if (at${j} == group${j}) {
-        input_scales[slot${j}][at${j} / ${groupWords}u] = largest${j} * ${INT8_STEP} * book_scale;
+        input_scales[slot${j}][at${j} / ${groupWords}u] = largest${j} * book_scale;
       }
     }`
     )
@@ -217,7 +217,7 @@ function copyInputs(kernel: Int8Kernel): string {
   }
 ${
     copy(groups, (slot, place, from) =>
-      `input_scales[${slot}][${place}] = x_scales[${perRow(groups)} + ${from}] * book_scale;`)
+      `input_scales[${slot}][${place}] = x_largest[${perRow(groups)} + ${from}] * book_scale;`)
   }`;
 }
 

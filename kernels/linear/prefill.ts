@@ -145,7 +145,7 @@ export async function planPrefill(
           direct ? output.buffer : scratch,
           block.weights,
           ...codes === null ? [] : [books!, block.scales!],
-          ...int8 ? [int8Rows!.scales] : [],
+          ...int8 ? [int8Rows!.largest] : [],
         ]),
         reduce: direct ? null : bindGroup(gpu, `${label} prefill reduce`, REDUCE_BINDINGS, [
           step,

@@ -28,7 +28,7 @@ export function int8RowSource(frame: PrefillFrame): RowSource {
   const groups = `params.k / ${k.groupK}u`;
   return {
     type,
-    declarations: `@group(0) @binding(7) var<storage, read> x_scales: array<f32>;
+    declarations: `@group(0) @binding(7) var<storage, read> x_largest: array<f32>;
 // [buffer][thread along the rows][row of its patch][group]
 var<workgroup> row_scales: array<array<f32, ${tile.patchRows * k.groups}>, ${
       buffers * threadGrid(tile).rows
@@ -55,7 +55,7 @@ ${tail ? `  if (word >= ${words}) { return ${type}(); }` : ""}
         value: (i, start, at) => {
           const group = `${at} / ${k.groupK}u + ${i} % ${k.groups}u`;
           const within = tail ? `min(${group}, ${groups} - 1u)` : group;
-          return `x_scales[${start} + ${within}]`;
+          return `x_largest[${start} + ${within}]`;
         },
         // Scaled no sooner than it is put: then nothing waits for the load.
         put: (i, value) => {

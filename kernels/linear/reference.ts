@@ -10,7 +10,7 @@ import {
   matrixFormat,
   type TensorSource,
 } from "../../shared/model_config.ts";
-import { roundToInt8 } from "./int8.ts";
+import { int8BookScale, roundToInt8 } from "./int8.ts";
 import type { CodeOrder, DenseOrder, SplitOrder } from "./order.ts";
 import { familyOrder, FLOAT16_PAIR_K } from "./order.ts";
 import type { MatrixShape } from "./types.ts";
@@ -193,7 +193,7 @@ function int8Groups(
         for (let e = 0; e < v; e++) sum += group.q[i * v + e] * centroids.q[centroid + e];
       }
     }
-    return { sum, scale: f32(group.scale * centroids.scale) };
+    return { sum, scale: f32(group.most * int8BookScale(centroids.scale)) };
   };
 }
 

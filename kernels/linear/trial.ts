@@ -86,8 +86,8 @@ export class TrialBuffers {
   }
 
   destroy(): void {
-    const { values, scales } = this.#int8Rows;
-    const buffers = [this.#input, this.output, this.#scratch, this.#step, values, scales];
+    const { values, largest } = this.#int8Rows;
+    const buffers = [this.#input, this.output, this.#scratch, this.#step, values, largest];
     for (const buffer of buffers) buffer.destroy();
   }
 }
