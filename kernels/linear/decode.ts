@@ -21,20 +21,14 @@ import { denseKernelBytes, denseKernelWgsl } from "./dense_wgsl.ts";
 import { dequantizeKernel } from "./dequantize_kernel.ts";
 import { dequantizeKernelWgsl } from "./dequantize_wgsl.ts";
 import { int8Kernel } from "./int8_kernel.ts";
-import {
-  encodeInt8Rows,
-  type Int8Rows,
-  type Int8RowsPlan,
-  int8RowsWgsl,
-  planInt8Rows,
-} from "./int8_rows.ts";
+import { encodeInt8Rows, type Int8RowsPlan, int8RowsWgsl, planInt8Rows } from "./int8_rows.ts";
 import { int8KernelWgsl } from "./int8_wgsl.ts";
 import type { Output } from "./output_wgsl.ts";
 import { psumbookKernel, workgroupColumns } from "./psumbook_kernel.ts";
 import { psumbookKernelWgsl } from "./psumbook_wgsl.ts";
 import { int8GroupK } from "./order.ts";
 import { REDUCE_BINDINGS, reduceColumns, type ReduceOrder, reduceWgsl } from "./reduce_wgsl.ts";
-import type { LinearOptions, Matrix, PairFinish } from "./types.ts";
+import type { Int8Rows, LinearOptions, Matrix, PairFinish } from "./types.ts";
 import type { DecodeChoice, Variant } from "./variant.ts";
 import { choiceOf, codeThreads, decodeFamily, familyBatches, kernelFor } from "./variant.ts";
 import type { Batch, Target } from "./wgsl.ts";

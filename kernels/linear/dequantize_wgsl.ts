@@ -18,11 +18,11 @@
  * @module
  */
 import { codesPerWord } from "../../shared/model_config.ts";
-import { codeIndex } from "./code_words_wgsl.ts";
-import { type DequantizeKernel } from "./dequantize_kernel.ts";
-import { leaveWgsl, sumsWgsl } from "./share_sums_wgsl.ts";
+import { fillTablesWgsl, gatherWgsl, tablesWgsl } from "./centroid_tables_wgsl.ts";
+import type { DequantizeKernel } from "./dequantize_kernel.ts";
 import { FLOAT16_PAIR_K } from "./order.ts";
 import { type Output, outputWgsl } from "./output_wgsl.ts";
+import { leaveWgsl, sumsWgsl } from "./share_sums_wgsl.ts";
 import {
   eachScale,
   eachWord,
@@ -30,7 +30,7 @@ import {
   loadWords,
   scaleOf,
   threadRowsWgsl,
-  wordOf,
+  threadTurnsWgsl,
 } from "./thread_rows_wgsl.ts";
 import { batchRowsWgsl, HEADER_WGSL, times } from "./wgsl.ts";
 import { shareThreads, splitPositions } from "./workgroup_share.ts";
@@ -47,7 +47,7 @@ export function dequantizeKernelWgsl(
   kernel: DequantizeKernel,
   target: Output | "partial",
 ): string {
-  const { order, batch, splits, lanes, rowsPerThread } = kernel;
+  const { order, batch, lanes, rowsPerThread } = kernel;
   const threads = shareThreads(kernel);
   return /* wgsl */ `${HEADER_WGSL}
 @group(0) @binding(2) var<storage, read> x: array<vec4<f16>>;
@@ -73,14 +73,10 @@ fn main(
 ) {
 ${batchRowsWgsl(batch, (row) => `input_of(${row})`)}
 ${threadRowsWgsl(kernel, lanes, `lane % ${lanes}u`)}
-  let split = workgroup.y * ${splits}u + lane / ${lanes}u;
-  let start = split * ${splitPositions(order)}u;
-  let turns = (min((split + 1u) * params.split_units, params.units) * ${order.dequantize.unitPositions}u - start)
-    / ${kernel.turnPositions}u;
-  var position = start;
+${threadTurnsWgsl(kernel, order.dequantize.unitPositions)}
 ${firstWords(kernel)}
   let copy = lane & ${kernel.copies - 1}u;
-${fillTables(kernel)}
+${fillTablesWgsl(kernel, crosswise)}
 ${kernel.inputTurns > 0 ? "" : "  workgroupBarrier();"}
 ${times(rowsPerThread, (r) => times(batch, (b) => `  var acc${r}_${b} = 0.0;`))}
 ${
@@ -94,47 +90,22 @@ ${leaveWgsl(kernel, target)}
 }
 
 function declarations(kernel: DequantizeKernel): string {
-  const { format: { m, v }, batch, splits, copies, turnPositions, inputTurns } = kernel;
-  const tables = times(
-    m * v / 4,
-    (t) => `var<workgroup> ${tableName(v, t)}: array<vec4<f16>, ${256 * copies}>;`,
-  );
+  const { format: { v }, batch, splits, turnPositions, inputTurns } = kernel;
   const input = inputTurns > 0
     ? `// Activations of a turn of a split each, row by row.
 var<workgroup> inputs: array<array<vec4<f16>, ${batch * turnPositions * v / 4}>, ${
       splits * inputTurns
     }>;`
     : "";
-  return [tables, input, sumsWgsl(kernel)].join("\n");
+  return [tablesWgsl(kernel, "vec4<f16>"), input, sumsWgsl(kernel)].join("\n");
 }
-
-const tableName = (v: number, t: number) => `table${Math.floor(t / (v / 4))}_${t % (v / 4)}`;
 
 /**
- * The codebooks into workgroup memory: neighbouring lanes write different copies at a time.
- *
- * The halves of a four change places. Loads of 8 and 16 bytes put halves into even and odd registers
- * by turns; crosswise, the two that are multiplied come from different banks of an NVIDIA GPU's
- * register file, and the sum never makes three of one.
+ * The halves of a four change places in the tables. Loads of 8 and 16 bytes put halves into even and odd
+ * registers by turns; crosswise, the two that are multiplied come from different banks of an NVIDIA
+ * GPU's register file, and the sum never makes three of one.
  */
-function fillTables(kernel: DequantizeKernel): string {
-  const { format: { m, v }, copies } = kernel;
-  const threads = shareThreads(kernel);
-  const quads = v / 4;
-  return `  for (var entry = lane; entry < 256u; entry += ${threads}u) {
-${
-    times(m * quads, (t) =>
-      `    let centroid${t} = codebooks[((book * ${m}u + ${
-        Math.floor(t / quads)
-      }u) * 256u + entry) * ${quads}u + ${t % quads}u];`)
-  }
-${
-    times(copies, (c) =>
-      `    { let at = entry * ${copies}u + ((lane + ${c}u) & ${copies - 1}u);
-${times(m * quads, (t) => `${tableName(v, t)}[at] = centroid${t}.zwxy;`)} }`)
-  }
-  }`;
-}
+const crosswise = (centroid: string) => `${centroid}.zwxy`;
 
 /** All turns, the activations of some of them at a time in workgroup memory. */
 function chunkedTurns(kernel: DequantizeKernel): string {
@@ -233,7 +204,17 @@ function pairs(kernel: DequantizeKernel, first: number, count: number): string {
   for (let piece = 0; piece < pieces; piece++) {
     const from = first + piece * gatherQuads;
     const quads = Math.min(gatherQuads, count - piece * gatherQuads);
-    parts.push("{", times(rowsPerThread, (r) => gather(kernel, from, quads, r)));
+    parts.push(
+      "{",
+      times(rowsPerThread, (r) =>
+        gatherWgsl(
+          kernel,
+          from,
+          quads,
+          r,
+          (i, centroids) => `let c${r}_${i} = ${centroids.join(" + ")};`,
+        )),
+    );
     for (let b = 0; b < batch; b++) {
       parts.push("{", times(quads, (i) => `let a${i} = ${input(b, from + i)};`));
       // Neighbouring products share an activation: its register need not be read twice.
@@ -269,30 +250,4 @@ function pairs(kernel: DequantizeKernel, first: number, count: number): string {
   }
   parts.push("}");
   return parts.join("\n");
-}
-
-/** The centroids of `count` fours of K from the turn's `first` on, of row `r`: `c<row>_<four>`. */
-function gather(kernel: DequantizeKernel, first: number, count: number, r: number): string {
-  const { format: { m, v } } = kernel;
-  const quads = v / 4;
-  const start = Math.floor(first / quads);
-  const positions = Math.floor((first + count - 1) / quads) - start + 1;
-  return times(positions * m, (i) => {
-    const [position, k] = [Math.floor(i / m), i % m];
-    return `let at${r}_${position}_${k} = ${placeOf(kernel, start + position, r, k)};`;
-  }) + "\n" + times(count, (i) => {
-    const position = Math.floor((first + i) / quads) - start;
-    const tables = Array.from(
-      { length: m },
-      (_, k) => `table${k}_${(first + i) % quads}[at${r}_${position}_${k}]`,
-    );
-    return `let c${r}_${i} = ${tables.join(" + ")};`;
-  });
-}
-
-/** Where the centroid of a position's code stands in its table. */
-function placeOf(kernel: DequantizeKernel, position: number, r: number, k: number): string {
-  const { format, copies, packed } = kernel;
-  const word = wordOf(kernel, position, k, r);
-  return codeIndex(format, word, position % codesPerWord(format), copies, "copy", packed);
 }

@@ -2,8 +2,8 @@
  * Eight-bit integers for the kernel family `int8`: how centroids and activations are rounded to them.
  *
  * A group of K is what shares a scale of activations: `q = round(x * 127 / max|x|)`, ties to even, the
- * quotient in twelve bits. All centroids of a matrix share one scale, rounded the same way when the matrix is loaded. Their products
- * are summed exactly.
+ * quotient in twelve bits. All centroids of a matrix share one scale, rounded the same way when the
+ * matrix is loaded. Their products are summed exactly.
  *
  * @module
  */

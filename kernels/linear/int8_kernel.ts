@@ -5,7 +5,7 @@
  */
 import type { CodeGemmFormat } from "../../shared/model_config.ts";
 import { hasPackedDot } from "./code_words_wgsl.ts";
-import { type CodeOrder, familyOrder } from "./order.ts";
+import { type CodeOrder, familyOrder, INT8_WORD_K } from "./order.ts";
 import type { DecodeChoice } from "./variant.ts";
 import type { Batch } from "./wgsl.ts";
 import {
@@ -142,7 +142,7 @@ function fit(
 /** Loads of 16 K of activations, and what of them each thread makes at a time. */
 export function inputWords(kernel: Int8Kernel): { turn: number; all: number; perThread: number } {
   const { format: { v }, batch, splits, inputTurns, turnPositions } = kernel;
-  const turn = turnPositions * v / 16;
+  const turn = turnPositions * v / INT8_WORD_K;
   const all = splits * inputTurns * batch * turn;
   return { turn, all, perThread: Math.ceil(all / shareThreads(kernel)) };
 }

@@ -142,7 +142,7 @@ Deno.test("what is not a number shows in every output of its row, and in no othe
     }
   }, "adapter"));
 
-Deno.test("threads, rows of N, prefetching, turns and rounds change no bit of int8 rows", () =>
+Deno.test("threads, rows of N, prefetching and turns change no bit of int8 rows", () =>
   withGpu(async (gpu) => {
     const shape: MatrixShape = [132, 1024];
     const x = randomActivations(2 * shape[1], 4);

@@ -4,25 +4,14 @@
  *
  * @module
  */
+import { invariant } from "../../shared/errors.ts";
 import type { Gpu } from "../gpu.ts";
 import type { RowRange } from "../kernel.ts";
-import { invariant } from "../../shared/errors.ts";
 import { bindGroup, isVectorInput, type Uniforms } from "./binding.ts";
 import { int8Wgsl } from "./int8.ts";
 import { INT8_WORD_K } from "./order.ts";
-import type { LinearOptions } from "./types.ts";
+import type { Int8Rows, LinearOptions } from "./types.ts";
 import { HEADER_WGSL, times } from "./wgsl.ts";
-
-/**
- * The rows of a step's view as integers. Row r of the view, of K elements in groups of G
- * (`int8Positions * v`), has its own place whatever range it is of.
- */
-export interface Int8Rows {
-  /** int8, row-major `(rows, K)`: `vec4<u32>` of 16 elements. */
-  values: GPUBuffer;
-  /** float32, row-major `(rows, K / G)`: of each group the largest magnitude. */
-  largest: GPUBuffer;
-}
 
 /** The least K of a group that any format has. */
 const LEAST_GROUP_K = INT8_WORD_K;

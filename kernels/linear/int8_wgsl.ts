@@ -13,22 +13,22 @@
  * @module
  */
 import { codesPerWord } from "../../shared/model_config.ts";
-import { codeIndex } from "./code_words_wgsl.ts";
-import { leaveWgsl, sumsWgsl } from "./share_sums_wgsl.ts";
+import { fillTablesWgsl, gatherWgsl, tablesWgsl } from "./centroid_tables_wgsl.ts";
 import { int8Sum, int8Wgsl } from "./int8.ts";
 import { inputWords, type Int8Kernel, splitTurns } from "./int8_kernel.ts";
 import { familyOrder, INT8_WORD_K } from "./order.ts";
 import { type Output, outputWgsl } from "./output_wgsl.ts";
+import { leaveWgsl, sumsWgsl } from "./share_sums_wgsl.ts";
 import {
   eachScale,
   loadScales,
   loadWords,
   scaleOf,
   threadRowsWgsl,
-  wordOf,
+  threadTurnsWgsl,
 } from "./thread_rows_wgsl.ts";
-import { HEADER_WGSL, times } from "./wgsl.ts";
-import { shareThreads, splitPositions } from "./workgroup_share.ts";
+import { firstRowWgsl, HEADER_WGSL, times } from "./wgsl.ts";
+import { shareThreads } from "./workgroup_share.ts";
 
 const OUTPUT_BINDING = 6;
 
@@ -43,7 +43,7 @@ export function int8KernelWgsl(
   members: number,
   target: Output | "partial",
 ): string {
-  const { format: { m, v }, order, batch, splits, lanes, rowsPerThread, copies } = kernel;
+  const { format: { m, v }, order, batch, lanes, rowsPerThread, copies } = kernel;
   const { unitPositions } = familyOrder(order, "int8");
   return /* wgsl */ `${HEADER_WGSL}
 @group(0) @binding(2) var<storage, read> x: array<${kernel.rounded ? "vec4<u32>" : "vec4<f16>"}>;
@@ -68,15 +68,9 @@ fn main(
   @builtin(local_invocation_index) lane: u32,
   @builtin(workgroup_id) workgroup: vec3<u32>,
 ) {
-  let rows = range_rows();
-  let first = params.row_base + workgroup.z * ${batch}u;
-  if (first >= rows) { return; }
+${firstRowWgsl(batch)}
 ${threadRowsWgsl(kernel, lanes, `lane % ${lanes}u`)}
-  let split = workgroup.y * ${splits}u + lane / ${lanes}u;
-  let start = split * ${splitPositions(order)}u;
-  let turns = (min((split + 1u) * params.split_units, params.units) * ${unitPositions}u - start)
-    / ${kernel.turnPositions}u;
-  var position = start;
+${threadTurnsWgsl(kernel, unitPositions)}
 ${
     kernel.prefetch
       ? loadWords(kernel, "position", (name) => `var w${name}`) + "\n" +
@@ -84,7 +78,7 @@ ${
       : ""
   }
   let copy = lane & ${copies - 1}u;
-${fillTables(kernel)}
+${fillTablesWgsl(kernel)}
   let book_scale = bitcast<f32>(codebooks[${members * m * 256 * v / 4}u + book]);
 ${times(rowsPerThread, (r) => times(batch, (b) => `  var acc${r}_${b} = 0.0;`))}
   for (var chunk = 0u; chunk < ${splitTurns(kernel)}u; chunk += ${kernel.inputTurns}u) {
@@ -103,41 +97,17 @@ ${leaveWgsl(kernel, target)}
 }
 
 function declarations(kernel: Int8Kernel): string {
-  const { format: { m, v }, batch, splits, copies, inputTurns } = kernel;
+  const { batch, splits, inputTurns } = kernel;
   const slots = splits * inputTurns;
-  const tables = times(
-    m * v / 4,
-    (t) => `var<workgroup> ${tableName(v, t)}: array<u32, ${256 * copies}>;`,
-  );
-  return `${tables}
+  return `${tablesWgsl(kernel, "u32")}
 // Activations of a turn of a split each, row by row, and the scales of their groups.
 var<workgroup> inputs: array<array<vec4<u32>, ${batch * inputWords(kernel).turn}>, ${slots}>;
 var<workgroup> input_scales: array<array<f32, ${batch * turnGroups(kernel)}>, ${slots}>;
 ${sumsWgsl(kernel)}`;
 }
 
-const tableName = (v: number, t: number) => `table${Math.floor(t / (v / 4))}_${t % (v / 4)}`;
-
 const turnGroups = ({ turnPositions, groupPositions }: Int8Kernel) =>
   turnPositions / groupPositions;
-
-/** The codebooks into workgroup memory: neighbouring lanes write different copies at a time. */
-function fillTables(kernel: Int8Kernel): string {
-  const { format: { m, v }, copies } = kernel;
-  const quads = v / 4;
-  const centroid = (t: number) =>
-    `codebooks[((book * ${m}u + ${Math.floor(t / quads)}u) * 256u + entry) * ${quads}u + ${
-      t % quads
-    }u]`;
-  return `  for (var entry = lane; entry < 256u; entry += ${shareThreads(kernel)}u) {
-${times(m * quads, (t) => `    let centroid${t} = ${centroid(t)};`)}
-${
-    times(copies, (c) =>
-      `    { let at = entry * ${copies}u + ((lane + ${c}u) & ${copies - 1}u);
-${times(m * quads, (t) => `${tableName(v, t)}[at] = centroid${t};`)} }`)
-  }
-  }`;
-}
 
 /** The activations of the chunk's turns, as integers. */
 function roundInputs(kernel: Int8Kernel): string {
@@ -261,7 +231,17 @@ function groupProducts(kernel: Int8Kernel, group: number): string {
   for (let piece = 0; piece < pieces; piece++) {
     const from = first + piece * gatherQuads;
     const quads = Math.min(gatherQuads, groupQuads - piece * gatherQuads);
-    parts.push("{", times(rowsPerThread, (r) => gather(kernel, from, quads, r)));
+    parts.push(
+      "{",
+      times(rowsPerThread, (r) =>
+        gatherWgsl(
+          kernel,
+          from,
+          quads,
+          r,
+          (i, centroids) => times(m, (k) => `let c${r}_${i}_${k} = ${centroids[k]};`),
+        )),
+    );
     for (let b = 0; b < batch; b++) {
       parts.push("{");
       if (pieces === 1) parts.push(times(rowsPerThread, (r) => `var ${sum(r, b)} = ${start};`));
@@ -300,26 +280,4 @@ function groupProducts(kernel: Int8Kernel, group: number): string {
   }
   parts.push("}");
   return parts.join("\n");
-}
-
-/** The centroids of `count` fours of K from the turn's `first` on, of row `r`: `c<row>_<four>_<codebook>`. */
-function gather(kernel: Int8Kernel, first: number, count: number, r: number): string {
-  const { format, copies, packed } = kernel;
-  const { m, v } = format;
-  const quads = v / 4;
-  const start = Math.floor(first / quads);
-  const positions = Math.floor((first + count - 1) / quads) - start + 1;
-  return times(positions * m, (i) => {
-    const [position, k] = [start + Math.floor(i / m), i % m];
-    const word = wordOf(kernel, position, k, r);
-    const place = position % codesPerWord(format);
-    return `let at${r}_${position}_${k} = ${
-      codeIndex(format, word, place, copies, "copy", packed)
-    };`;
-  }) + "\n" + times(count * m, (i) => {
-    const [quad, k] = [first + Math.floor(i / m), i % m];
-    return `let c${r}_${quad - first}_${k} = table${k}_${quad % quads}[at${r}_${
-      Math.floor(quad / quads)
-    }_${k}];`;
-  });
 }

@@ -5,7 +5,7 @@
  */
 export { CANDIDATES, type Trial, type Tuned, tuneLinear, tuningKey } from "./autotune.ts";
 export { linearScratchBytes } from "./binding.ts";
-export { createInt8Rows, type Int8Rows } from "./int8_rows.ts";
+export { createInt8Rows } from "./int8_rows.ts";
 export { createLinear } from "./linear.ts";
 export { isStackable, loadMatrix, loadStack, matrixBytes } from "./matrix.ts";
 export type { LoadOptions, StackMember } from "./matrix.ts";
@@ -15,6 +15,7 @@ export { mostRows, PREFILL_TILES, type PrefillTile, tileName } from "./prefill_t
 export { randomTensors } from "./random_tensors.ts";
 export { syntheticCodes, syntheticDense } from "./synthetic.ts";
 export type {
+  Int8Rows,
   Linear,
   LinearOptions,
   Matrix,

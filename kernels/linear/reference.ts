@@ -127,7 +127,7 @@ export function codegemmProduct(
         sum = f16(sum + psumbook[(i * m + c) * 256 + codeAt(matrix, c, i, row)]);
       }
     }
-    return [sum];
+    return [{ sum }];
   });
 }
 
@@ -139,12 +139,12 @@ export function dequantizeProduct(
 ): Float32Array<ArrayBuffer> {
   const { shape: [n], format: { m, v, b }, codebooks } = matrix;
   return sumGroups(matrix, { ...order, ...order.dequantize }, n, (row, from) => {
-    const sums: number[] = [];
+    const sums: { sum: number }[] = [];
     let pair = [0, 0];
     for (let i = from; i < from + order.dequantize.groupPositions; i++) {
       for (let e = 0; e < v; e++) {
         if (e > 0 && e % FLOAT16_PAIR_K === 0) {
-          sums.push(f32(pair[0] + pair[1]));
+          sums.push({ sum: f32(pair[0] + pair[1]) });
           pair = [0, 0];
         }
         let weight = 0;
@@ -155,7 +155,7 @@ export function dequantizeProduct(
         pair[chain] = fma16(x[i * v + e], weight, pair[chain]);
       }
     }
-    return [...sums, f32(pair[0] + pair[1])];
+    return [...sums, { sum: f32(pair[0] + pair[1]) }];
   });
 }
 
@@ -202,7 +202,7 @@ function sumGroups(
   { shape, scales }: CodeTensors,
   order: CodeOrder,
   n: number,
-  group: (row: number, from: number) => (number | { sum: number; scale: number })[],
+  group: (row: number, from: number) => { sum: number; scale?: number }[],
 ): Float32Array<ArrayBuffer> {
   const y = new Float32Array(n);
   for (let row = 0; row < n; row++) {
@@ -210,10 +210,8 @@ function sumGroups(
       for (let at = 0; at < order.unitPositions; at += order.groupPositions) {
         const from = unit * order.unitPositions + at;
         const scale = scales[Math.floor(from / order.scalePositions) * shape[0] + row];
-        for (const part of group(row, from)) {
-          sum = typeof part === "number"
-            ? fma32(scale, part, sum)
-            : fma32(f32(scale * part.scale), part.sum, sum);
+        for (const { sum: part, scale: own = 1 } of group(row, from)) {
+          sum = fma32(f32(scale * own), part, sum);
         }
       }
       return sum;

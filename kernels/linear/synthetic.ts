@@ -66,11 +66,15 @@ export async function syntheticCodes(
     await fillRandom(gpu, block.weights, ANY, seed + i);
     await fillRandom(gpu, block.scales!, scale, seed + i + 1);
   }
-  writeCentroids(gpu, matrix, seed);
+  if (matrix.int8Codebooks) writeCentroids(gpu, matrix, seed);
+  else {
+    const centroid = float16Pattern(1 / Math.sqrt(format.m), true);
+    await fillRandom(gpu, matrix.codebooks!, centroid, seed);
+  }
   return matrix;
 }
 
-/** Random centroids of about `1 / sqrt(m)` for every member. */
+/** Random centroids of about `1 / sqrt(m)` for every member, in float16 and in integers. */
 function writeCentroids(
   gpu: Gpu,
   { format, members, codebooks, int8Codebooks }: Matrix,
@@ -83,7 +87,7 @@ function writeCentroids(
     () => gaussian(random) / Math.sqrt(m),
   );
   gpu.write(codebooks!, 0, new Uint16Array(centroids.buffer));
-  if (int8Codebooks) gpu.write(int8Codebooks, 0, int8Books(centroids, members.length));
+  gpu.write(int8Codebooks!, 0, int8Books(centroids, members.length));
 }
 
 /** A random dense matrix whose outputs are about as large as its inputs. */

@@ -1,5 +1,5 @@
 /**
- * WGSL of where a thread of the decode kernels of 8-bit codes stands in N, and of the code words and
+ * WGSL of where a thread of the decode kernels of 8-bit codes stands in N and in K, and of the code words and
  * scales of its rows: loaded by fours of N, since that is how they lie side by side.
  *
  * @module
@@ -7,6 +7,7 @@
 import { type CodeGemmFormat, codesPerWord } from "../../shared/model_config.ts";
 import { type CodeOrder, gcd } from "./order.ts";
 import { times } from "./wgsl.ts";
+import { splitPositions, type WorkgroupShare } from "./workgroup_share.ts";
 
 /** What of a kernel decides where its threads stand, and what they load at a turn. */
 export interface ThreadRows {
@@ -67,7 +68,7 @@ export function eachWord(
 
 /** The code word of row `r` of the thread's at a position of the turn: of a vector `w<name>`. */
 export function wordOf(
-  { format }: ThreadRows,
+  { format }: Pick<ThreadRows, "format">,
   position: number,
   codebook: number,
   r: number,
@@ -127,4 +128,21 @@ export function loadScales(
     const line = `(${position} + ${from}u) / ${scalePositions}u`;
     return `${target(name)} = ${type}(scales[scales${t} + ${line} * ${rowBlock / 4}u]);`;
   });
+}
+
+/**
+ * Declares where a thread stands in K: its `split`, which has `turns`, and the `position` that its first
+ * one begins at.
+ *
+ * @param unitPositions positions of a unit of the family's order
+ */
+export function threadTurnsWgsl(
+  { order, splits, lanes, turnPositions }: ThreadRows & WorkgroupShare,
+  unitPositions: number,
+): string {
+  return `  let split = workgroup.y * ${splits}u + lane / ${lanes}u;
+  let start = split * ${splitPositions(order)}u;
+  let turns = (min((split + 1u) * params.split_units, params.units) * ${unitPositions}u - start)
+    / ${turnPositions}u;
+  var position = start;`;
 }

@@ -7,9 +7,9 @@ import type { NumericsProfile } from "../../shared/protocol.ts";
 import type { Gpu } from "../gpu.ts";
 import { STEP_BYTES, type StepShape, stepWords } from "../kernel.ts";
 import { linearScratchBytes } from "./binding.ts";
-import { createInt8Rows, type Int8Rows } from "./int8_rows.ts";
+import { createInt8Rows } from "./int8_rows.ts";
 import { createLinear } from "./linear.ts";
-import type { Linear, Matrix } from "./types.ts";
+import type { Int8Rows, Linear, Matrix } from "./types.ts";
 import type { Variant } from "./variant.ts";
 
 /** How rows lie in the buffers of trials, and what becomes of their sums. */

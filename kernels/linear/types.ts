@@ -7,7 +7,6 @@ import type { CodeGemmFormat } from "../../shared/model_config.ts";
 import type { NumericsProfile } from "../../shared/protocol.ts";
 import type { BindingKind, Gpu } from "../gpu.ts";
 import type { LinearStore, RowRange, RowsView, StepShape } from "../kernel.ts";
-import type { Int8Rows } from "./int8_rows.ts";
 import type { CodeOrder, DenseOrder } from "./order.ts";
 import type { Variant } from "./variant.ts";
 
@@ -47,6 +46,17 @@ export interface Matrix {
   /** Bytes of GPU memory, padding included. */
   readonly bytes: number;
   destroy(): void;
+}
+
+/**
+ * The rows of a step's view as integers. Row r of the view, of K elements in groups of G
+ * (`int8Positions * v`), has its own place whatever range it is of.
+ */
+export interface Int8Rows {
+  /** int8, row-major `(rows, K)`: `vec4<u32>` of 16 elements. */
+  values: GPUBuffer;
+  /** float32, row-major `(rows, K / G)`: of each group the largest magnitude. */
+  largest: GPUBuffer;
 }
 
 /**

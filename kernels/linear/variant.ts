@@ -3,10 +3,10 @@
  *
  * @module
  */
+import type { CodeGemmFormat } from "../../shared/model_config.ts";
 import type { NumericsProfile } from "../../shared/protocol.ts";
-import { type CodeOrder, largestDivisor } from "./order.ts";
+import { type CodeOrder, type DenseOrder, largestDivisor } from "./order.ts";
 import type { PrefillTile } from "./prefill_tile.ts";
-import type { Matrix } from "./types.ts";
 import { type Batch, BATCHES } from "./wgsl.ts";
 
 /** The shape of a CodeGEMM decode kernel; what is left out suits family and batch. */
@@ -93,7 +93,7 @@ export function defaultVariant(software: boolean): Variant {
  * place of `int8` so do codes whose groups do not fill words of integers, or whose codebooks are large.
  */
 export function decodeFamily(
-  { format, order }: Pick<Matrix, "format" | "order">,
+  { format, order }: { format: CodeGemmFormat | null; order: CodeOrder | DenseOrder },
   { decode }: Pick<NumericsProfile, "decode">,
 ): NumericsProfile["decode"] | "dense" {
   if (format === null || order.kind === "dense") return "dense";

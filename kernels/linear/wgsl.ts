@@ -124,10 +124,17 @@ export function batchLanes(batch: Batch): BatchLanes {
   };
 }
 
+/** Statements that decode kernels begin with: `rows` of the range, the `first` one of this batch. */
+export function firstRowWgsl(batch: Batch): string {
+  return `  let rows = range_rows();
+  let first = params.row_base + workgroup.z * ${batch}u;
+  if (first >= rows) { return; }`;
+}
+
 /**
- * Statements that decode kernels begin with: `rows` of the range, the `first` one of this workgroup's
- * batch, and for each of its places where the row's input begins, `x<place>`. Places past the last row
- * compute it again, and must store nothing: no stale row is ever read.
+ * The statements of {@linkcode firstRowWgsl}, and for each place of the batch where the row's input
+ * begins, `x<place>`. Places past the last row compute it again, and must store nothing: no stale row is
+ * ever read.
  *
  * @param inputAt WGSL of where the input of a row of the range begins, by default in elements
  */
@@ -135,9 +142,7 @@ export function batchRowsWgsl(
   batch: Batch,
   inputAt = (row: string) => `params.x_offset + (range_start() + ${row}) * params.x_stride`,
 ): string {
-  return `  let rows = range_rows();
-  let first = params.row_base + workgroup.z * ${batch}u;
-  if (first >= rows) { return; }
+  return `${firstRowWgsl(batch)}
 ${times(batch, (b) => `  let x${b} = ${inputAt(`min(first + ${b}u, rows - 1u)`)};`)}`;
 }
 
